@@ -1,0 +1,115 @@
+"""Look at a checkpoint directory before it is loaded, and say in one sentence what is wrong with it.
+
+Only headers and sizes are read: a truncated 15 GB download is found in milliseconds, not after minutes of loading.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from .errors import QwenError
+
+LFS_POINTER = b"version https://git-lfs"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference; each may have an index instead
+FETCH_AGAIN = "download it again, for example with `hf download Qwen/Qwen-7B-Chat --local-dir DIR`, which resumes"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; QwenError where it is missing or broken."""
+    if not path.is_file():
+        raise QwenError(f"{path} is missing: is {path.parent} a checkpoint directory? If so, {FETCH_AGAIN}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise QwenError(f"{path} is not valid JSON ({error}): {FETCH_AGAIN}") from None
+    if not isinstance(content, dict):
+        raise QwenError(f"{path} holds no JSON object: {FETCH_AGAIN}")
+    return content
+
+
+def check_architecture(directory: str | os.PathLike) -> dict[str, Any]:
+    """The config.json of a Qwen-7B directory; QwenError if it is of another architecture."""
+    path = Path(directory) / "config.json"
+    config = read_json(path)
+    model_type = config.get("model_type", "nothing")
+    if model_type != "qwen":
+        raise QwenError(
+            f'{path} says model_type {model_type!r}, and only "qwen" (Qwen-7B, Qwen-7B-Chat and their kin) runs here: '
+            "give another path, or load this one with transformers directly"
+        )
+    return config
+
+
+def check_weight_files(directory: str | os.PathLike, load_kwargs: dict[str, Any] | None = None) -> None:
+    """Check that every weight file of a local directory is there and whole.
+
+    Anything but a directory (a hub id) passes: the hub's client has checked what it downloaded. So does loading that
+    reads other files (`state_dict`, `gguf_file`, `variant`, `subfolder`).
+
+    Raises:
+        QwenError: names the file and the remedy.
+    """
+    directory = Path(directory)
+    elsewhere = ("state_dict", "gguf_file", "variant", "subfolder")
+    if not directory.is_dir() or any((load_kwargs or {}).get(name) for name in elsewhere):
+        return
+    check_architecture(directory)
+    for path in list_weight_files(directory):
+        check_weight_file(path)
+
+
+def list_weight_files(directory: Path) -> list[Path]:
+    """The files that transformers will read: safetensors first, shards by their index."""
+    for name in WEIGHT_FILES:
+        if (directory / name).exists():
+            return [directory / name]
+        index = directory / f"{name}.index.json"
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not shards:
+                raise QwenError(f"{index} names no weight files: {FETCH_AGAIN}")
+            return [directory / shard for shard in sorted(set(shards.values()))]
+    raise QwenError(f"no weights in {directory} (neither {' nor '.join(WEIGHT_FILES)} nor an index): {FETCH_AGAIN}")
+
+
+def check_weight_file(path: Path) -> None:
+    """QwenError if one weight file is missing, a git-lfs pointer or truncated."""
+    if not path.is_file():
+        raise QwenError(f"{path} is missing, though the checkpoint's index names it: {FETCH_AGAIN}")
+    with path.open("rb") as file:
+        head = file.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise QwenError(f"{path} is only a git-lfs pointer: run `git lfs install && git lfs pull` in the clone")
+    size = path.stat().st_size
+    if path.suffix == ".safetensors":
+        expected = safetensors_size(path)
+        if size != expected:
+            raise QwenError(f"{path} is damaged: {size:,} bytes of {expected:,}; {FETCH_AGAIN}")
+    elif not zipfile.is_zipfile(path) and not head.startswith(b"\x80"):  # neither a zip's end nor an old pickle's head
+        raise QwenError(f"{path} is damaged ({size:,} bytes, no complete PyTorch file): {FETCH_AGAIN}")
+
+
+def safetensors_size(path: Path) -> int:
+    """Bytes that a safetensors file should have by its header."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if not 0 < header_size <= 100_000_000:  # the format's own limit
+            raise QwenError(f"{path} has no safetensors header: {FETCH_AGAIN}")
+        try:
+            header = json.loads(file.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError):
+            raise QwenError(f"{path} breaks off within its header: {FETCH_AGAIN}") from None
+    return 8 + header_size + max(ends, default=0)
+
+
+def check_loaded_keys(source: str | os.PathLike, info: dict[str, Any]) -> None:
+    """QwenError if tensors were missing: transformers would fill them with random numbers and go on."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise QwenError(
+            f"{source} lacks {len(missing)} of the model's tensors (the first: {missing[0]}): the checkpoint is "
+            f"incomplete or its config.json belongs to another one; {FETCH_AGAIN}"
+        )

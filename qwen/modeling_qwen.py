@@ -1,0 +1,499 @@
+"""The Qwen-7B model: norm, rotary embedding, attention, MLP, block, decoder, language-model head.
+
+Shapes: B batch, T new tokens, S all tokens (cached and new), H heads, D size of a head, C hidden size, V vocabulary.
+Parameter names equal the keys of the official checkpoints, so loading needs no map.
+
+Three things set Qwen-7B apart from Llama, all of them at inference only: dynamic NTK stretches the rotary base for
+prompts longer than the training length, logn scales late queries, and window attention limits how far layers look back.
+"""
+
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple, is_flash_attn_2_available
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .chat import ChatMixin, FiniteLogits, StopSequences
+from .chatml import complete_eos_ids
+from .checkpoint import check_loaded_keys, check_weight_files
+from .configuration_qwen import QWenConfig
+from .push_code import push_code_to
+
+ATTENTION_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, 1, T, D), float32
+
+
+class QWenRMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 whatever the model's type (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x32.type_as(x) * self.weight
+
+
+def dynamic_ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
+    """Dynamic NTK's factor for prompts of `lengths` (B,) tokens: 1 up to `seq_length` S, 3 up to 2S, 7 up to 4S, ...
+
+    The published formula max(2**ceil(log2(L / S) + 1) - 1, 1), by comparing integers, so that no rounding of a
+    logarithm decides at the borders.
+    """
+    borders = seq_length * 2 ** torch.arange(24, device=lengths.device)
+    doublings = (lengths[:, None] > borders).sum(-1)
+    return (2.0 ** (doublings + 1) - 1).float()
+
+
+def rotary_embedding(position_ids: Tensor, alpha: Tensor | None, config: QWenConfig) -> Rotary:
+    """Angles of RoPE for `position_ids` (B, T), its base stretched to base * alpha**(D/(D-2)) by row where given (B,).
+
+    Computed at each call rather than kept in a buffer: it is small, and each conversation may have its own alpha.
+    """
+    even = torch.arange(0, config.kv_channels, 2, device=position_ids.device, dtype=torch.float32)  # (D/2,)
+    inv_freq = config.rotary_emb_base ** (-even / config.kv_channels)
+    if alpha is not None:
+        inv_freq = inv_freq * alpha[:, None] ** (-even / (config.kv_channels - 2))  # (B, D/2)
+        inv_freq = inv_freq[:, None, None, :]
+    angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def logn_scale(position_ids: Tensor, seq_length: int) -> Tensor:
+    """Factor of a query at 0-based position p: log(p + 1) / log(seq_length) beyond seq_length, else 1. (B, 1, T, 1)."""
+    scale = torch.log(position_ids + 1.0) / math.log(seq_length)
+    return scale.clamp(min=1.0)[:, None, :, None]
+
+
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate `x` (B, H, T, D) in float32: dimension i turns with dimension i + D/2."""
+    cos, sin = rotary
+    x32 = x.float()
+    first, second = x32.chunk(2, dim=-1)
+    return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as written in the paper: the readable reference, and the one that can return its weights."""
+    weights = query @ key.transpose(-1, -2) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).type_as(query)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights  # (B, T, H, D)
+
+
+class QWenAttention(nn.Module):
+    def __init__(self, config: QWenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.kv_channels
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        self.window = config.attention_windows[layer_idx]
+        self.num_key_value_groups = 1  # read by transformers' attention functions: every query head has its own key
+        self.is_causal = True
+        projection_size = config.num_attention_heads * config.kv_channels
+        self.c_attn = nn.Linear(config.hidden_size, 3 * projection_size)
+        self.c_proj = nn.Linear(projection_size, config.hidden_size, bias=not config.no_bias)
+        self.c_proj.adds_to_residual = True
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        query_rotary: Rotary,
+        key_rotary: Rotary,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        B, T, _ = x.shape
+        query, key, value = (
+            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(x).chunk(3, dim=-1)
+        )
+        query, key = apply_rotary(query, query_rotary), apply_rotary(key, key_rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attn_dropout_prob if self.training else 0.0,
+            sliding_window=None if self.training else self.window,  # flash attention has no mask to read it from
+            **kwargs,
+        )
+        return self.c_proj(output.reshape(B, T, -1)), weights  # (B, T, C)
+
+
+class QWenMLP(nn.Module):
+    """SwiGLU: in Llama's words w2 is the gate, w1 the up and c_proj the down projection."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+        self.c_proj.adds_to_residual = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.w1(x) * nn.functional.silu(self.w2(x)))
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    def __init__(self, config: QWenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_idx)
+        self.ln_2 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        x = x + self.attn(self.ln_1(x), **kwargs)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the architecture, and how checkpoint directories are read and written."""
+
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
+    _no_split_modules = ["QWenBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$"]  # buffers of old releases
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": QWenBlock, "attentions": QWenAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "adds_to_residual", False):
+            # What is added to the residual stream shrinks with depth, so that its variance does not grow (GPT-2).
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint as transformers does; also takes the published keywords bf16, fp16, fp32, use_flash_attn.
+
+        Raises:
+            QwenError: a file of a local directory is missing, truncated or a git-lfs pointer, or weights are missing.
+            ImportError: `attn_implementation` needs a package that is not installed; the message names it.
+        """
+        check_weight_files(pretrained_model_name_or_path, kwargs)
+        translate_legacy_keywords(kwargs)
+        want_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except ImportError as error:
+            # AutoModel hands it over on the config.
+            attn = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
+            if attn not in ATTENTION_PACKAGES:
+                raise
+            package = ATTENTION_PACKAGES[attn]
+            raise ImportError(f"{attn} needs the package {package}, on a CUDA GPU; sdpa needs nothing") from error
+        check_loaded_keys(pretrained_model_name_or_path, info)
+        if model.can_generate():
+            complete_eos_ids(model.generation_config)
+        return (model, info) if want_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any):
+        """Write a checkpoint that loads here; `push_code` adds the model's code, to load it in plain transformers."""
+        if self.can_generate():
+            complete_eos_ids(self.generation_config)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_code:
+            push_code_to(save_directory)
+
+
+def translate_legacy_keywords(kwargs: dict[str, Any]) -> None:
+    """Turn the published keywords into `dtype` and `attn_implementation`, in place.
+
+    AutoModel writes keywords that config.json knows into the config before the model sees them: look at both places.
+    """
+    config = kwargs.get("config")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        asked = kwargs.pop(name, False) or getattr(config, name, False)
+        if asked and "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", dtype)
+        if hasattr(config, name):
+            setattr(config, name, False)  # done: a saved copy must not force its type on whoever loads it
+    use_flash_attn = kwargs.pop("use_flash_attn", getattr(config, "use_flash_attn", "auto"))
+    if use_flash_attn is True and "attn_implementation" not in kwargs:
+        if is_flash_attn_2_available():
+            kwargs["attn_implementation"] = "flash_attention_2"
+        else:
+            warnings.warn("use_flash_attn=True: flash_attn is not installed here, using PyTorch's SDPA", stacklevel=4)
+
+
+class QWenModel(QWenPreTrainedModel):
+    """The decoder without its head: token ids to hidden states."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.h = nn.ModuleList(QWenBlock(config, i) for i in range(config.num_hidden_layers))
+        self.ln_f = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[int | None, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        ntk_alpha: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, C) of `input_ids` (B, T) or `inputs_embeds` (B, T, C).
+
+        Args:
+            attention_mask: (B, S), 0 at padding; it covers cached tokens too.
+            position_ids: (B, T); by default each row counts its own tokens, padding left out.
+            ntk_alpha: (B,) factors of dynamic NTK. By default they are chosen from the lengths of the prompts when
+                the cache is empty, and kept on the cache as `ntk_alpha`. Whoever prefills in chunks passes
+                `dynamic_ntk_alpha(whole lengths, seq_length)` with the first chunk.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds, not both and not neither")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if position_ids is None:
+            position_ids = true_positions(attention_mask, inputs_embeds, past_key_values)
+        ntk_alpha = self.choose_ntk_alpha(ntk_alpha, attention_mask, inputs_embeds, past_key_values)
+        key_rotary = query_rotary = rotary_embedding(position_ids, ntk_alpha, self.config)
+        if self.config.use_logn_attn and not self.training:
+            scale = logn_scale(position_ids, self.config.seq_length)
+            query_rotary = (key_rotary[0] * scale, key_rotary[1] * scale)
+
+        masks = attention_mask  # a dict where `generate` has already made them for a static cache
+        if not isinstance(masks, dict):
+            masks = attention_masks(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, windows=not self.training
+            )
+
+        hidden = self.drop(inputs_embeds)
+        for block in self.h[: self.config.num_hidden_layers]:  # early-exit assistants lower this number
+            hidden = block(
+                hidden,
+                attention_mask=masks[None if self.training else block.attn.window],
+                query_rotary=query_rotary,
+                key_rotary=key_rotary,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values if use_cache else None
+        )
+
+    def choose_ntk_alpha(
+        self, given: Tensor | None, attention_mask: Any, inputs_embeds: Tensor, cache: Cache | None
+    ) -> Tensor | None:
+        """The alphas (B,) of these rows, None where dynamic NTK is off.
+
+        They belong to the conversation, not to the module: keys in the cache are rotated already, so alpha is chosen
+        once, at prefill, and travels on the cache.
+        """
+        if self.training or not self.config.use_dynamic_ntk:
+            return None
+        alpha = given
+        if alpha is None and cache is not None and cache.get_seq_length() > 0:
+            alpha = getattr(cache, "ntk_alpha", None)
+        if alpha is None:
+            lengths = true_lengths(attention_mask, inputs_embeds)
+            alpha = dynamic_ntk_alpha(lengths, self.config.seq_length)
+        alpha = alpha.to(inputs_embeds.device)
+        if cache is not None and getattr(cache, "ntk_alpha", None) is not alpha:
+            cache.ntk_alpha = alpha
+        return alpha
+
+
+def true_lengths(attention_mask: Any, tokens: Tensor) -> Tensor:
+    """Tokens in each row (B,), padding left out; `tokens` is (B, T, ...)."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask.long().sum(-1)
+    return torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+
+
+def true_positions(attention_mask: Any, inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
+    """Each new token's position (B, T) in its own row, as if there were no padding."""
+    T = inputs_embeds.shape[1]
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:].to(inputs_embeds.device)
+    past = cache.get_seq_length() if cache is not None else 0
+    return (torch.arange(T, device=inputs_embeds.device) + past)[None, :]
+
+
+def attention_masks(
+    config: QWenConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None = None,
+    windows: bool = True,
+    **kwargs: Any,
+) -> dict[int | None, Any]:
+    """One causal mask for each different window of the layers, in the form that the attention function wants."""
+    sizes = set(config.attention_windows) if windows else {None}
+    return {
+        size: create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            and_mask_function=None if size is None else sliding_window_overlay(size),
+        )
+        for size in sizes
+    }
+
+
+class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
+    """Qwen-7B as a language model: next-token logits, loss, `generate`, and the `chat` methods of ChatMixin."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        self.transformer = QWenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # transformers would derive it from a class name in its own style
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        ntk_alpha: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) and, with `labels` (B, T; -100 is ignored), the mean next-token loss.
+
+        `logits_to_keep` counts the last positions to compute logits of (0 is all): a long prompt needs one row of
+        151,936, not thousands. The other arguments are QWenModel's.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            ntk_alpha=ntk_alpha,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # ---- generation: where transformers' `generate` has to know about Qwen ----
+
+    create_masks_for_generate = staticmethod(attention_masks)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        stop_words_ids: list[list[int]] | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, which also ends a row at any of `stop_words_ids` (default: the config's)."""
+        if stop_words_ids is None:
+            stop_words_ids = getattr(generation_config or self.generation_config, "stop_words_ids", None)
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if stop_words_ids:
+            criteria.append(StopSequences(stop_words_ids))
+        return super().generate(
+            inputs=inputs, generation_config=generation_config, stopping_criteria=criteria, **kwargs
+        )
+
+    def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any):
+        """Choose the NTK alphas from the whole prompts, before they may be cut into chunks, for all later steps."""
+        cache = model_kwargs.get("past_key_values")
+        tokens = model_kwargs["inputs_embeds"] if model_kwargs.get("inputs_embeds") is not None else input_ids
+        if model_kwargs.get("ntk_alpha") is None:
+            mask = model_kwargs.get("attention_mask")
+            model_kwargs["ntk_alpha"] = self.transformer.choose_ntk_alpha(None, mask, tokens, cache)
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict]:
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if generation_config.do_sample and generation_config.temperature is not None:
+            if generation_config.temperature < 1e-5:  # 0 means greedy; nearly 0 would overflow the division
+                generation_config.do_sample = False
+                generation_config.temperature = 1.0
+        return generation_config, model_kwargs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Look at the raw logits (in float32, as `generate` passes them) before anything else does."""
+        return LogitsProcessorList([FiniteLogits(self.dtype), *super()._get_logits_processor(*args, **kwargs)])

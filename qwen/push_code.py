@@ -1,0 +1,34 @@
+"""Put the model's code beside its weights, so that plain transformers loads them with `trust_remote_code=True`."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+AUTO_MAPS = {
+    "config.json": {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModel": "modeling_qwen.QWenModel",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    },
+    "tokenizer_config.json": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+}
+
+
+def push_code_to(directory: str | os.PathLike) -> None:
+    """Copy the modules that model and tokenizer import and name them in the settings files that are there.
+
+    Within this project the copies are never run: the installed package wins.
+    """
+    here = Path(__file__).parent
+    for entry in (here / "modeling_qwen.py", here / "tokenization_qwen.py"):
+        for module in (str(entry), *get_relative_import_files(str(entry))):
+            shutil.copy(module, directory)
+    for name, auto_map in AUTO_MAPS.items():
+        path = Path(directory) / name
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["auto_map"] = auto_map
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,291 @@
+"""QWenTokenizer: tiktoken's byte-pair encoding behind the interface of transformers' tokenizers.
+
+Regular tokens are `bytes` and control tokens `str`, so neither can be taken for the other.
+"""
+
+import base64
+import binascii
+import os
+import unicodedata
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import tiktoken
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+from transformers.utils import logging
+
+from .chatml import CHAT_TEMPLATE, Message, encode_messages
+from .errors import QwenError
+from .push_code import push_code_to
+
+logger = logging.get_logger(__name__)
+
+VOCAB_FILE = "qwen.tiktoken"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+Specials = Literal["all"] | Collection[str]  # which control tokens text may spell, with tiktoken's meaning
+
+
+def load_ranks(path: str) -> dict[bytes, int]:
+    """Read a vocabulary of lines `base64 rank`.
+
+    Raises:
+        QwenError: the file is missing, a git-lfs pointer, or has a broken line.
+    """
+    if not os.path.isfile(path):
+        raise QwenError(
+            f"{path} is missing: copy it from the model's page, or run `git lfs install && git lfs pull` in the clone"
+        )
+    with open(path, "rb") as file:
+        lines = file.read().splitlines()
+    if lines and lines[0].startswith(b"version https://git-lfs"):
+        raise QwenError(
+            f"{path} is only a git-lfs pointer, not the vocabulary: run `git lfs install && git lfs pull` in the clone"
+        )
+    ranks = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise QwenError(
+                f"{path}, line {number}: expected `base64 rank`, found {line[:40]!r}; download the file again"
+            ) from None
+    if not ranks:
+        raise QwenError(f"{path} is empty: download it again")
+    return ranks
+
+
+def first_free_id(ranks: dict[bytes, int]) -> int:
+    """Where the control tokens begin: the first id that no regular token has (extra vocabularies lie beyond them)."""
+    taken = set(ranks.values())
+    return next(i for i in range(len(ranks) + 1) if i not in taken)
+
+
+class QWenTokenizer(PreTrainedTokenizer):
+    """Encodes NFC-normalised text to ids and back.
+
+    Args:
+        vocab_file: the checkpoint's `qwen.tiktoken`.
+        errors: what to do with broken UTF-8 when decoding, as in `bytes.decode`; each call may say otherwise.
+        extra_vocab_file: more regular tokens in the same format, their ids above all control tokens. A token that
+            exists or an id that is taken is skipped with a warning. Every merge on the way to a token must exist.
+    """
+
+    vocab_files_names = {"vocab_file": VOCAB_FILE}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self, vocab_file: str, errors: str = "replace", extra_vocab_file: str | None = None, **kwargs: Any
+    ) -> None:
+        self.errors = errors
+        self.mergeable_ranks = load_ranks(vocab_file)
+        start = first_free_id(self.mergeable_ranks)
+        self.special_tokens = {token: start + i for i, token in enumerate(SPECIAL_TOKENS)}
+        if extra_vocab_file is not None:
+            self._add_ranks(extra_vocab_file)
+        self.tokenizer = tiktoken.Encoding(
+            "Qwen", pat_str=PATTERN, mergeable_ranks=self.mergeable_ranks, special_tokens=self.special_tokens
+        )
+        self.decoder: dict[int, bytes | str] = {i: token for token, i in self.mergeable_ranks.items()}
+        self.decoder |= {i: token for token, i in self.special_tokens.items()}
+        self.eod_id = self.special_tokens["<|endoftext|>"]
+        self.im_start_id = self.special_tokens["<|im_start|>"]
+        self.im_end_id = self.special_tokens["<|im_end|>"]
+        self.special_ids = frozenset(self.special_tokens.values())
+
+        kwargs.pop("added_tokens_decoder", None)  # the control tokens are fixed; a saved list of them adds nothing
+        kwargs.setdefault("chat_template", CHAT_TEMPLATE)
+        self._added_tokens_decoder = {
+            i: AddedToken(token, special=True, normalized=False) for token, i in self.special_tokens.items()
+        }
+        super().__init__(errors=errors, **kwargs)
+
+    def _add_ranks(self, extra_vocab_file: str) -> None:
+        taken = {*self.mergeable_ranks.values(), *self.special_tokens.values()}
+        for token, rank in load_ranks(extra_vocab_file).items():
+            if token in self.mergeable_ranks:
+                logger.warning(f"{extra_vocab_file}: token {token!r} exists already, skipped")
+            elif rank in taken:
+                logger.warning(f"{extra_vocab_file}: id {rank} of token {token!r} is taken, skipped")
+            else:
+                self.mergeable_ranks[token] = rank
+                taken.add(rank)
+
+    # ---- the vocabulary ----
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.n_vocab
+
+    def __len__(self) -> int:
+        return self.tokenizer.n_vocab
+
+    def get_vocab(self) -> dict[bytes | str, int]:
+        return {**self.mergeable_ranks, **self.special_tokens}
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        """Accept names of the 208 control tokens as roles (pad, eos, ...); refuse all else."""
+        for token in new_tokens or ():
+            if str(token) not in self.special_tokens:
+                kind = "control" if special_tokens else "regular"
+                raise ValueError(
+                    f"cannot add {str(token)!r} as a {kind} token: "
+                    + (
+                        "only <|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> to <|extra_204|> can be named so"
+                        if special_tokens
+                        else "give new regular tokens in a file, QWenTokenizer(extra_vocab_file=...)"
+                    )
+                )
+        return 0
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + VOCAB_FILE)
+        with open(path, "wb") as file:
+            file.writelines(b"%s %d\n" % (base64.b64encode(t), rank) for t, rank in self.mergeable_ranks.items())
+        return (path,)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any):
+        """Write vocabulary and settings; `push_code` adds the code, to load them in plain transformers."""
+        self.init_kwargs.pop("auto_map", None)  # of the directory it was loaded from: that code is not saved with it
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        if push_code:
+            push_code_to(save_directory)
+        return files
+
+    # ---- text to ids ----
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of text in which nothing is a control token, whatever it spells. All user text goes through here."""
+        return self.tokenizer.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def _text_to_ids(
+        self, text: str, allowed_special: Specials = "all", disallowed_special: Specials = (), **kwargs: Any
+    ) -> list[int]:
+        if kwargs.get("split_special_tokens", self.split_special_tokens):
+            return self.encode_text(text)
+        text = unicodedata.normalize("NFC", text)
+        return self.tokenizer.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[bytes | str]:
+        """Tokens of `text`; `allowed_special` and `disallowed_special` have tiktoken's meaning, by default all / none.
+
+        Raises:
+            ValueError: the text spells a control token that is disallowed and not allowed.
+        """
+        return [self.decoder[i] for i in self._text_to_ids(text, **kwargs)]
+
+    def _item_to_ids(self, item: Any, is_split_into_words: bool = False, **kwargs: Any) -> list[int]:
+        """Ids of a str, of a list of words or tokens, or of what is a list of ids already."""
+        if isinstance(item, str):
+            return self._text_to_ids(item, **kwargs)
+        if is_split_into_words:
+            return [i for word in item for i in self._text_to_ids(word, **kwargs)]
+        return list(item) if all(isinstance(i, int) for i in item) else self.convert_tokens_to_ids(item)
+
+    def _encode_plus(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """The base class's own, with ids straight from tiktoken: going through tokens would take most of the time."""
+        if is_batch(text, kwargs.get("is_split_into_words", False)):  # comes back here item by item
+            strategies = {"padding_strategy": padding_strategy, "truncation_strategy": truncation_strategy}
+            return super()._encode_plus(text, text_pair, **strategies, **kwargs)
+        names = ("is_split_into_words", "allowed_special", "disallowed_special", "split_special_tokens")
+        reading = {name: kwargs.pop(name) for name in names if name in kwargs}
+        kwargs.pop("sanitize_control_tokens", None)  # said of whole chats, which `apply_chat_template` takes care of
+        return self.prepare_for_model(
+            self._item_to_ids(text, **reading),
+            None if text_pair is None else self._item_to_ids(text_pair, **reading),
+            padding=padding_strategy.value,
+            truncation=truncation_strategy.value,
+            prepend_batch_axis=True,
+            **kwargs,
+        )
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        *args: Any,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_dict: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render messages; ids are made segment by segment, so text in messages never becomes a control token.
+
+        Tools, documents and templates other than ChatML go through transformers, control tokens in messages disarmed.
+        """
+        template = kwargs.get("chat_template") or self.chat_template
+        if not tokenize or args or kwargs.get("tools") or kwargs.get("documents") or template != CHAT_TEMPLATE:
+            kwargs.setdefault("sanitize_control_tokens", tokenize)
+            return super().apply_chat_template(
+                conversation,
+                *args,
+                tokenize=tokenize,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                return_dict=return_dict,
+                tokenizer_kwargs=tokenizer_kwargs,
+                **kwargs,
+            )
+
+        def to_ids(messages: Sequence[Message]) -> list[int]:
+            return encode_messages(self, messages, add_generation_prompt, continue_final_message)
+
+        layout_names = ("padding", "truncation", "max_length", "return_tensors")
+        layout = {name: kwargs[name] for name in layout_names if name in kwargs}
+        single = isinstance(conversation[0], dict)
+        ids = to_ids(conversation) if single else [to_ids(messages) for messages in conversation]
+        encoded = self(ids, add_special_tokens=False, **layout, **(tokenizer_kwargs or {}))
+        return encoded if return_dict else encoded["input_ids"]
+
+    # ---- ids and tokens ----
+
+    def _convert_token_to_id(self, token: bytes | str) -> int | None:
+        return self.special_tokens.get(token) if isinstance(token, str) else self.mergeable_ranks.get(token)
+
+    def convert_tokens_to_ids(self, tokens: bytes | str | Sequence[bytes | str]) -> int | list[int] | None:
+        if isinstance(tokens, (bytes, str)):
+            return self._convert_token_to_id(tokens)
+        return [self._convert_token_to_id(token) for token in tokens]
+
+    def _convert_id_to_token(self, index: int) -> bytes | str:
+        if index not in self.decoder:
+            raise ValueError(f"id {index} is no token: the vocabulary has {len(self)}")
+        return self.decoder[index]
+
+    def convert_tokens_to_string(self, tokens: Sequence[bytes | str]) -> str:
+        data = b"".join(token if isinstance(token, bytes) else token.encode() for token in tokens)
+        return data.decode("utf-8", errors=self.errors)
+
+    def _decode(
+        self,
+        token_ids: int | Sequence[int],
+        skip_special_tokens: bool = False,
+        errors: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Text of ids; rows of the embedding matrix that are no token (151851 and up) decode to nothing."""
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        tokens = (self.decoder.get(i, b"") for i in ids if not (skip_special_tokens and i in self.special_ids))
+        data = b"".join(token if isinstance(token, bytes) else token.encode() for token in tokens)
+        return data.decode("utf-8", errors=errors or self.errors)
+
+
+def is_batch(text: Any, is_split_into_words: bool) -> bool:
+    """Whether `text` is several texts: a list of str, of id lists, or of word lists."""
+    if not isinstance(text, (list, tuple)):
+        return False
+    item_types = (list, tuple) if is_split_into_words else (str, list, tuple)
+    return not text or isinstance(text[0], item_types)
