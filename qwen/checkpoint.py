@@ -105,11 +105,18 @@ def safetensors_size(path: Path) -> int:
     return 8 + header_size + max(ends, default=0)
 
 
-def check_loaded_keys(source: str | os.PathLike, info: dict[str, Any]) -> None:
-    """QwenError if tensors were missing: transformers would fill them with random numbers and go on."""
+def check_loaded_keys(source: str | os.PathLike, info: dict[str, Any], accept_other_sizes: bool = False) -> None:
+    """QwenError if tensors were missing or of other sizes: transformers would fill in random numbers and go on."""
     missing = sorted(info["missing_keys"])
     if missing:
         raise QwenError(
             f"{source} lacks {len(missing)} of the model's tensors (the first: {missing[0]}): the checkpoint is "
             f"incomplete or its config.json belongs to another one; {FETCH_AGAIN}"
+        )
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched and not accept_other_sizes:
+        name, stored, expected = mismatched[0]
+        raise QwenError(
+            f"{source}: {name} is {tuple(stored)}, and by config.json it should be {tuple(expected)}: "
+            f"config.json belongs to another checkpoint; {FETCH_AGAIN}"
         )

@@ -3,6 +3,7 @@
 Field names are the checkpoint's own, so the file rules: there is no `rope_scaling` and no second place for a setting.
 """
 
+import os
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -89,6 +90,12 @@ class QWenConfig(PreTrainedConfig):
             raise ValueError(
                 f"local_attn lists {len(self.local_attn)} windows for {self.num_hidden_layers} layers: give one a layer"
             )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write config.json without the `auto_map` it was read with: the code that this names is not saved with it."""
+        if self._auto_class is None:  # else transformers itself saves the code, having loaded it from the directory
+            vars(self).pop("auto_map", None)
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def max_context_length(self) -> int:

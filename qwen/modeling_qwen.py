@@ -223,9 +223,10 @@ class QWenPreTrainedModel(PreTrainedModel):
         check_weight_files(pretrained_model_name_or_path, kwargs)
         translate_legacy_keywords(kwargs)
         want_info = kwargs.pop("output_loading_info", False)
+        accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except ImportError as error:
             # AutoModel hands it over on the config.
@@ -234,7 +235,7 @@ class QWenPreTrainedModel(PreTrainedModel):
                 raise
             package = ATTENTION_PACKAGES[attn]
             raise ImportError(f"{attn} needs the package {package}, on a CUDA GPU; sdpa needs nothing") from error
-        check_loaded_keys(pretrained_model_name_or_path, info)
+        check_loaded_keys(pretrained_model_name_or_path, info, accept_other_sizes)
         if model.can_generate():
             complete_eos_ids(model.generation_config)
         return (model, info) if want_info else model

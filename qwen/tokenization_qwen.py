@@ -196,12 +196,13 @@ class QWenTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> BatchEncoding:
         """The base class's own, with ids straight from tiktoken: going through tokens would take most of the time."""
-        if is_batch(text, kwargs.get("is_split_into_words", False)):  # comes back here item by item
+        # A batch comes back here item by item, a chat with marked control tokens piece by piece.
+        if is_batch(text, kwargs.get("is_split_into_words", False)) or kwargs.get("sanitize_control_tokens"):
             strategies = {"padding_strategy": padding_strategy, "truncation_strategy": truncation_strategy}
             return super()._encode_plus(text, text_pair, **strategies, **kwargs)
         names = ("is_split_into_words", "allowed_special", "disallowed_special", "split_special_tokens")
         reading = {name: kwargs.pop(name) for name in names if name in kwargs}
-        kwargs.pop("sanitize_control_tokens", None)  # said of whole chats, which `apply_chat_template` takes care of
+        kwargs.pop("sanitize_control_tokens", None)
         return self.prepare_for_model(
             self._item_to_ids(text, **reading),
             None if text_pair is None else self._item_to_ids(text_pair, **reading),

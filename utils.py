@@ -1,0 +1,298 @@
+"""Load a checkpoint: the only place of the project that does. Everything else calls `load_model_and_tokenizer`.
+
+model, tokenizer = load_model_and_tokenizer("Qwen/Qwen-7B-Chat")
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from demo_checkpoint import ensure_demo_checkpoint
+from hub import HUBS, fetch_checkpoint
+from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
+from qwen.checkpoint import check_architecture, read_json
+
+DEFAULT_CHECKPOINT = "Qwen/Qwen-7B-Chat"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# ---- from the command line ----
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which checkpoint to load and how; `load_from_args` reads all of them."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-c", "--checkpoint-path", default=DEFAULT_CHECKPOINT, metavar="PATH",
+        help="directory, hub name, LoRA adapter directory, or `demo` (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
+    group.add_argument("--num-gpus", type=int, metavar="N", help="spread the layers over N GPUs")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="precision (default: the best of the device)"
+    )
+    group.add_argument(
+        "--attn", default="sdpa", choices=["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
+        help="attention implementation (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--hub", default=HUBS[0], choices=HUBS, help="where hub names are looked up")
+    group.add_argument("--revision", help="branch, tag or commit of a hub checkpoint")
+
+
+def load_from_args(args: argparse.Namespace) -> tuple[QWenLMHeadModel, QWenTokenizer]:
+    """`load_model_and_tokenizer` with what `add_model_arguments` parsed."""
+    if args.cpu_only and (args.num_gpus or args.device not in ("auto", "cpu")):
+        raise QwenError("--cpu-only contradicts --device and --num-gpus: leave one of them out")
+    return load_model_and_tokenizer(
+        args.checkpoint_path,
+        device="cpu" if args.cpu_only else args.device,
+        dtype=args.dtype,
+        attn=args.attn,
+        hub=args.hub,
+        revision=args.revision,
+        num_gpus=args.num_gpus,
+    )
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry point and exit: a user's mistake ends in one sentence and status 1, Ctrl-C in status 130."""
+    program = Path(sys.argv[0]).name
+    try:
+        status = main()
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+    except QwenError as error:
+        sys.exit(f"{program}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on exit
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"{program}: error: the disk is full ({error.filename or 'no file named'}): free some space")
+    sys.exit(status or 0)
+
+
+# ---- loading ----
+
+
+def load_model_and_tokenizer(
+    path: str | os.PathLike = DEFAULT_CHECKPOINT,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn: str = "sdpa",
+    hub: str = HUBS[0],
+    revision: str | None = None,
+    num_gpus: int | None = None,
+) -> tuple[QWenLMHeadModel, QWenTokenizer]:
+    """Load a checkpoint for inference.
+
+    Args:
+        path: a directory, a hub name, a PEFT adapter directory, or `demo`.
+        device: "auto" takes one GPU if the weights fit, else all of them, else the CPU.
+        dtype: "auto" is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU.
+        attn: one of transformers' attention implementations.
+        num_gpus: spread the layers over that many GPUs, see `gpu_device_map`.
+
+    Raises:
+        QwenError: the checkpoint, the hub, the device or an option is at fault; the message says what to do.
+    """
+    directory = find_checkpoint(path, hub, revision)
+    if (directory / "adapter_config.json").is_file():
+        return _load_adapter(directory, device, dtype, attn, hub, num_gpus)
+    refuse_quantized(directory)
+    config = AutoConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)  # before the weights: a missing vocabulary should not cost minutes
+    if num_gpus is not None:
+        placement: Any = gpu_device_map(num_gpus, config, available=torch.cuda.device_count())
+        dtype = choose_dtype("cuda", dtype)
+    else:
+        device = choose_device(device)
+        dtype = choose_dtype(device, dtype)
+        placement = place_on_gpus(config, dtype) if device == "cuda" else {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, device_map=placement, attn_implementation=attn
+        )
+    except ImportError as error:  # names the package that the attention implementation needs
+        reason = str(error).strip().split("\n")[0]
+        raise QwenError(f"--attn {attn} is not available here ({reason}): install the package, or use sdpa") from error
+    except torch.OutOfMemoryError as error:
+        size = weight_bytes(config, dtype) / 2**30
+        raise QwenError(
+            f"{directory} takes {size:.1f} GiB in {DTYPE_NAMES[dtype]}, more than the GPU has free: "
+            "spread it with --num-gpus, or run on the CPU with --cpu-only"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def load_model_on_gpus(path: str | os.PathLike, num_gpus: int = 2, **kwargs: Any) -> QWenLMHeadModel:
+    """The model of `load_model_and_tokenizer`, its layers spread over `num_gpus` GPUs; 1 is one GPU."""
+    return load_model_and_tokenizer(path, num_gpus=num_gpus, **kwargs)[0]
+
+
+def load_tokenizer(directory: Path) -> QWenTokenizer:
+    """The tokenizer of a checkpoint directory; QwenError if its vocabulary is missing or broken."""
+    if not (directory / "qwen.tiktoken").is_file():
+        raise QwenError(
+            f"{directory / 'qwen.tiktoken'} is missing: copy it from the model's page, or run "
+            "`git lfs install && git lfs pull` in the clone"
+        )
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def find_checkpoint(path: str | os.PathLike, hub: str = HUBS[0], revision: str | None = None) -> Path:
+    """The local directory of a checkpoint: `demo` is built, a directory is itself, anything else comes from the hub."""
+    if str(path) == "demo":
+        return ensure_demo_checkpoint()
+    if Path(path).is_file():
+        raise QwenError(f"{path} is a file: give the checkpoint's directory")
+    if Path(path).is_dir():
+        return Path(path)
+    return fetch_checkpoint(str(path), hub, revision)
+
+
+def refuse_quantized(directory: Path) -> None:
+    """QwenError for a quantised checkpoint, which nothing here can load yet; also checks the architecture."""
+    quantization = check_architecture(directory).get("quantization_config")
+    if quantization:
+        method, bits = quantization.get("quant_method", "unknown"), quantization.get("bits", "?")
+        raise QwenError(
+            f"{directory} is quantised ({method}, {bits} bits), which is not supported yet: "
+            "use the unquantised checkpoint, for example Qwen/Qwen-7B-Chat"
+        )
+
+
+def _load_adapter(
+    directory: Path, device: str | torch.device, dtype: str | torch.dtype, attn: str, hub: str, num_gpus: int | None
+) -> tuple[QWenLMHeadModel, QWenTokenizer]:
+    """A PEFT adapter on the base model that it names; its own tokenizer wins where it brings one."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise QwenError(f"{directory} is a PEFT adapter: pip install peft to load it") from None
+    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise QwenError(f"{directory / 'adapter_config.json'} names no base model: set base_model_name_or_path in it")
+    try:
+        model, tokenizer = load_model_and_tokenizer(base, device, dtype, attn, hub, num_gpus=num_gpus)
+    except QwenError as error:
+        raise QwenError(f"the base model of adapter {directory} does not load: {error}") from error
+    if (directory / "qwen.tiktoken").is_file():
+        tokenizer = load_tokenizer(directory)
+    return PeftModel.from_pretrained(model, directory).eval(), tokenizer
+
+
+# ---- precision and place ----
+
+
+def choose_device(device: str | torch.device = "auto") -> str:
+    """A device that is there: the given one, or the best; QwenError if the given one is not there."""
+    best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if str(device) == "auto":
+        return best
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise QwenError(f"--device {device} is no device: write auto, cpu, cuda, cuda:1 or mps") from None
+    if wanted.type not in ("cpu", "meta"):
+        count = torch.accelerator.device_count() if wanted.type == best else 0
+        if (wanted.index or 0) >= count:
+            found = f"{count} {wanted.type} device(s)" if count else f"no {wanted.type} device"
+            raise QwenError(f"--device {device}: PyTorch finds {found} here; use --device auto or --cpu-only")
+    return str(device)
+
+
+def computes_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 itself, rather than by way of float32."""
+    kind = device.split(":")[0]
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    if kind == "cpu":
+        features = torch.cpu.get_capabilities()
+        return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return True
+
+
+def choose_dtype(device: str, dtype: str | torch.dtype = "auto") -> torch.dtype:
+    """The given precision, or the best of the device: bf16 where it is native, else fp16 on a GPU, fp32 on a CPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != "auto":
+        raise QwenError(f"--dtype {dtype} is unknown: choose auto, {', '.join(DTYPES)}")
+    if computes_bf16(device):
+        return torch.bfloat16
+    return torch.float32 if device.split(":")[0] == "cpu" else torch.float16
+
+
+def weight_bytes(config: QWenConfig, dtype: torch.dtype) -> int:
+    """Size of the model's weights in bytes."""
+    with torch.device("meta"):
+        model = QWenLMHeadModel(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def place_on_gpus(config: QWenConfig, dtype: torch.dtype) -> dict[str, int] | str:
+    """One GPU if the weights and a tenth more fit into its free memory; else all; else accelerate's "auto", which
+    puts on the CPU what fits nowhere else."""
+    needed = 1.1 * weight_bytes(config, dtype)
+    free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    roomiest = max(range(len(free)), key=free.__getitem__)
+    if free[roomiest] > needed:
+        return {"": roomiest}
+    if len(free) > 1 and min(free) * len(free) > needed:
+        return gpu_device_map(len(free), config)
+    return "auto"
+
+
+def gpu_device_map(num_gpus: int, config: QWenConfig, available: int | None = None) -> dict[str, int]:
+    """Which GPU holds which module: consecutive layers on each, evened out by size.
+
+    The first GPU also holds the embedding and the last the head, each as large as some three layers of Qwen-7B, so
+    these two get fewer layers; every GPU gets at least one.
+
+    Raises:
+        QwenError: `num_gpus` is below 1, above the number of layers, or above `available`.
+    """
+    layers = config.num_hidden_layers
+    if not 1 <= num_gpus <= layers:
+        raise QwenError(f"--num-gpus {num_gpus}: a model of {layers} layers runs on 1 to {layers} GPUs")
+    if available is not None and num_gpus > available:
+        raise QwenError(f"--num-gpus {num_gpus}: PyTorch finds {available} here; lower it, or use --cpu-only")
+    width = config.num_attention_heads * config.kv_channels
+    layer_size = 4 * config.hidden_size * width + 3 * config.hidden_size * config.intermediate_size // 2
+    table_in_layers = config.vocab_size * config.hidden_size / layer_size
+    load = [1.0] * num_gpus
+    load[0] += table_in_layers
+    load[-1] += table_in_layers
+    counts = [1] * num_gpus
+    for _ in range(layers - num_gpus):
+        lightest = min(range(num_gpus), key=load.__getitem__)
+        load[lightest] += 1
+        counts[lightest] += 1
+
+    owners = [gpu for gpu, count in enumerate(counts) for _ in range(count)]
+    device_map = {"transformer.wte": 0, "transformer.drop": 0}
+    device_map |= {f"transformer.h.{layer}": gpu for layer, gpu in enumerate(owners)}
+    return device_map | {"transformer.ln_f": num_gpus - 1, "lm_head": num_gpus - 1}
+
+
+def describe_placement(model: QWenLMHeadModel) -> str:
+    """A line for people: precision, device and attention of a loaded model."""
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values()})
+    places = ", ".join(f"cuda:{device}" if device.isdigit() else device for device in devices)
+    return f"{DTYPE_NAMES.get(model.dtype, model.dtype)} on {places}, {model.config._attn_implementation} attention"
