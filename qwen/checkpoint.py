@@ -13,7 +13,7 @@ from .errors import QwenError
 
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference; each may have an index instead
-FETCH_AGAIN = "download it again, for example with `hf download Qwen/Qwen-7B-Chat --local-dir DIR`, which resumes"
+FETCH_AGAIN = "download it again, for example with `hf download Qwen/Qwen-7B-Chat --local-dir DIR`"
 
 
 def read_json(path: Path) -> dict[str, Any]:

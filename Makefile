@@ -1,0 +1,32 @@
+# make demo   set up .venv, then chat with the small built-in model
+# make test   set up .venv, then lint and all CPU tests
+# On a machine without an NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PIP = .venv/bin/pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	@.venv/bin/python cli_demo.py --checkpoint-path demo
+
+test: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+# torch goes first: left to others, pip might choose another version of it than the one pinned.
+.venv/installed: requirements.txt constraints.txt
+	@echo "Setting up .venv (once; some minutes) ..." >&2
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) >&2
+	@$(PIP) --requirement requirements.txt >&2
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements_dev.txt
+	@$(PIP) --requirement requirements_dev.txt >&2
+	@touch $@
+
+clean:
+	rm -rf .venv
