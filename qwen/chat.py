@@ -199,7 +199,7 @@ def stream_reply(
 
     thread = threading.Thread(target=work, daemon=True, name="qwen-reply")
     thread.start()
-    shown = None
+    shown, wait = None, True
     try:
         while True:
             try:
@@ -213,9 +213,13 @@ def stream_reply(
                 yield step
             if step.finish_reason:
                 return
+    except KeyboardInterrupt:
+        wait = False  # a step can take a minute, in the prefill of a long prompt: whoever wants out gets out
+        raise
     finally:
         left.set()
-        thread.join()
+        if wait:
+            thread.join()
 
 
 class ChatMixin:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import golden
 import pytest
 
+import golden
 from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
 

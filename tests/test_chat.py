@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import golden
 import pytest
 import torch
 from transformers import GenerationConfig, set_seed
 
+import golden
 from qwen import QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.chat import make_context
 from qwen.chatml import build_prompt, encode_messages

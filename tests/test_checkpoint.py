@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import golden
 import qwen
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenModel, QWenTokenizer
 from utils import load_model_and_tokenizer

@@ -8,11 +8,11 @@ import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import golden
 import pytest
 import torch
 from transformers import GenerationConfig
 
+import golden
 from cli.commands import COMMANDS, handle_line
 from cli.display import Display, make_console
 from cli.session import ChatSession

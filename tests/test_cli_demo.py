@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import golden
 import pytest
 from terminal import CTRL_C, CTRL_D, UP, Terminal
 from transformers.utils import logging
 
 import cli_demo
+import golden
 from cli.display import Display, letters, make_console
 from cli.session import ChatSession
 from cli.terminal import LineInterrupt

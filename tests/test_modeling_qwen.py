@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
+import golden
 from qwen import QWenConfig, QwenError, QWenLMHeadModel
 from qwen.modeling_qwen import dynamic_ntk_alpha
 

@@ -2,11 +2,11 @@
 
 import codecs
 
-import golden
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import golden
 from qwen import QWenTokenizer
 from qwen.reply import Reply, ReplyDecoder
 

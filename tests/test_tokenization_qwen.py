@@ -6,13 +6,13 @@ import json
 import pickle
 from pathlib import Path
 
-import golden
 import pytest
 import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import golden
 from qwen import QwenError, QWenTokenizer
 from qwen.tokenization_qwen import PATTERN
 

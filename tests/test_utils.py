@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import golden
 import utils
 from qwen import QWenConfig, QwenError, QWenTokenizer
 from utils import choose_device, choose_dtype, gpu_device_map, load_from_args, load_model_and_tokenizer
