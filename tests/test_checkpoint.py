@@ -1,5 +1,6 @@
 """Checkpoint directories: official ones load as they are, their code never runs, broken ones say what to do."""
 
+import importlib
 import json
 import os
 import shutil
@@ -123,13 +124,17 @@ def test_published_keywords(keyword: str, dtype: torch.dtype, tmp_path: Path) ->
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).dtype == torch.float32
 
 
-def test_readme_snippets_of_the_original(tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["transformers", "modelscope"])
+def test_readme_snippets_of_the_original(library: str, tmp_path: Path) -> None:
     """Loading, three turns and a completion, as the publisher's README shows them, after `import qwen`."""
     write_official(tmp_path)
     assert qwen.__doc__
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", trust_remote_code=True, fp32=True).eval()
-    model.generation_config = GenerationConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    auto = importlib.import_module(library)
+    path, options = str(tmp_path), {"trust_remote_code": True}
+    tokenizer = auto.AutoTokenizer.from_pretrained(path, **options)
+    model = auto.AutoModelForCausalLM.from_pretrained(path, device_map="auto", fp32=True, **options).eval()
+    model.generation_config = auto.GenerationConfig.from_pretrained(path, **options)
+    assert (type(model), type(tokenizer)) == (QWenLMHeadModel, QWenTokenizer)
     model.generation_config.max_new_tokens = 4
     response, history = model.chat(tokenizer, "你好", history=None)
     response, history = model.chat(tokenizer, "给我讲一个故事。", history=history)
