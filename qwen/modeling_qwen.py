@@ -465,19 +465,18 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        stop_words_ids: list[list[int]] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        *args: Any,
+        stop_words_ids: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`, which also ends a row at any of `stop_words_ids` (default: the config's)."""
         if stop_words_ids is None:
             stop_words_ids = getattr(generation_config or self.generation_config, "stop_words_ids", None)
-        criteria = StoppingCriteriaList(stopping_criteria or [])
         if stop_words_ids:
-            criteria.append(StopSequences(stop_words_ids))
-        return super().generate(
-            inputs=inputs, generation_config=generation_config, stopping_criteria=criteria, **kwargs
-        )
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopSequences(stop_words_ids)])
+        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs)
 
     def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any):
         """Choose the NTK alphas from the whole prompts, before they may be cut into chunks, for all later steps."""

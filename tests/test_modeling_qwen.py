@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
+from transformers.generation import CompileConfig
 
 import golden
 from qwen import QWenConfig, QwenError, QWenLMHeadModel
@@ -290,6 +292,19 @@ def test_static_cache_equals_dynamic(model: QWenLMHeadModel, length: int) -> Non
     dynamic = model.generate(ids, attention_mask=mask, **kwargs)
     static = model.generate(ids, attention_mask=mask, cache_implementation="static", disable_compile=True, **kwargs)
     assert static.tolist() == dynamic.tolist()
+
+
+@pytest.mark.parametrize("local_attn", [False, True])
+def test_decoding_compiles_to_one_graph(local_attn: bool) -> None:
+    model = golden.model(local_attn=local_attn)
+    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True  # transformers would compile on GPUs only
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(golden.ids(100), **kwargs)
+    counters.clear()
+    compiled = model.generate(golden.ids(100), cache_implementation="static", compile_config=compile_config, **kwargs)
+    assert compiled.tolist() == expected.tolist()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @torch.no_grad()
