@@ -14,7 +14,7 @@ demo: .venv/installed
 test: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 # torch goes first: left to others, pip might choose another version of it than the one pinned.
 .venv/installed: requirements.txt constraints.txt
