@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from demo_checkpoint import ensure_demo_checkpoint
@@ -111,7 +112,7 @@ def load_model_and_tokenizer(
     if (directory / "adapter_config.json").is_file():
         return _load_adapter(directory, device, dtype, attn, hub, num_gpus)
     refuse_quantized(directory)
-    config = AutoConfig.from_pretrained(directory)
+    config = load_config(directory)
     tokenizer = load_tokenizer(directory)  # before the weights: a missing vocabulary should not cost minutes
     if num_gpus is not None:
         placement: Any = gpu_device_map(num_gpus, config, available=torch.cuda.device_count())
@@ -139,6 +140,15 @@ def load_model_and_tokenizer(
 def load_model_on_gpus(path: str | os.PathLike, num_gpus: int = 2, **kwargs: Any) -> QWenLMHeadModel:
     """The model of `load_model_and_tokenizer`, its layers spread over `num_gpus` GPUs; 1 is one GPU."""
     return load_model_and_tokenizer(path, num_gpus=num_gpus, **kwargs)[0]
+
+
+def load_config(directory: Path) -> QWenConfig:
+    """The config of a checkpoint directory; QwenError if a value in it is impossible."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise QwenError(f"{directory / 'config.json'} has a value that can't be used: {reason}") from error
 
 
 def load_tokenizer(directory: Path) -> QWenTokenizer:

@@ -30,9 +30,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_architecture(directory: str | os.PathLike) -> dict[str, Any]:
-    """The config.json of a Qwen-7B directory; QwenError if it is of another architecture."""
+    """The config.json of a Qwen-7B directory; QwenError if it is of another architecture, or a settings file broken."""
     path = Path(directory) / "config.json"
     config = read_json(path)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if path.with_name(name).exists():
+            read_json(path.with_name(name))
     model_type = config.get("model_type", "nothing")
     if model_type != "qwen":
         raise QwenError(

@@ -6,9 +6,11 @@ Field names are the checkpoint's own, so the file rules: there is no `rope_scali
 import os
 from typing import Any, ClassVar
 
+from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
+@strict  # values of a wrong type are refused when they are set
 class QWenConfig(PreTrainedConfig):
     """Sizes and switches of a Qwen-7B model; the defaults are Qwen-7B's own.
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,7 @@ def test_pushed_code_runs_without_this_project(tokenizer: QWenTokenizer, tmp_pat
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
+    path.write_bytes(path.read_bytes()[: -min(1000, path.stat().st_size // 2)])
 
 
 def lfs_pointer(path: Path) -> None:
@@ -220,6 +221,10 @@ def without_tensor(path: Path) -> None:
     tensors = load_file(path)
     name = next(name for name in tensors if "inv_freq" not in name)
     save_file({k: v for k, v in tensors.items() if k != name}, path, metadata={"format": "pt"})
+
+
+def changed(**values: object) -> Callable[[Path], int]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def html_page(path: Path) -> None:
@@ -241,6 +246,10 @@ BIN = "pytorch_model-00002-of-00002.bin"
             "says model_type 'qwen2', and only \"qwen\"",
         ),
         ("config.json", lambda p: p.write_text("[]"), "config.json holds no JSON object"),
+        ("config.json", changed(rotary_pct=0.25), "config.json has a value that can't be used: rotary_pct is 0.25"),
+        ("config.json", changed(hidden_size="wide"), "config.json has a value that can't be used: .*hidden_size"),
+        ("generation_config.json", truncate, "generation_config.json is not valid JSON"),
+        ("tokenizer_config.json", truncate, "tokenizer_config.json is not valid JSON"),
         ("qwen.tiktoken", Path.unlink, "qwen.tiktoken is missing: .*`git lfs install && git lfs pull`"),
         ("qwen.tiktoken", lfs_pointer, "qwen.tiktoken is only a git-lfs pointer.*git lfs pull"),
         ("model.safetensors.index.json", Path.unlink, "no weights in .*download it again"),
@@ -257,7 +266,7 @@ BIN = "pytorch_model-00002-of-00002.bin"
         (BIN, Path.unlink, f"{BIN} is missing"),
     ],
 )
-def test_broken_directory_is_one_sentence(file: str, damage, message: str, tmp_path: Path) -> None:
+def test_broken_directory_is_one_sentence(file: str, damage: Callable, message: str, tmp_path: Path) -> None:
     write_official(tmp_path, "bin" if file == BIN else "safetensors")
     damage(tmp_path / file)
     with pytest.raises(QwenError, match=message) as caught:
