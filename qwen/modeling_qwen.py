@@ -34,6 +34,9 @@ from .push_code import push_code_to
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
 
+# The int8 cache of transformers that stands for the publisher's `use_cache_quantization`; it needs the package hqq.
+INT8_CACHE = {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1}
+
 Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, 1, T, D), float32
 
 
@@ -117,7 +120,6 @@ class QWenAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.kv_channels
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        self.window = config.attention_windows[layer_idx]
         self.num_key_value_groups = 1  # read by transformers' attention functions: every query head has its own key
         self.is_causal = True
         projection_size = config.num_attention_heads * config.kv_channels
@@ -131,6 +133,7 @@ class QWenAttention(nn.Module):
         attention_mask: Tensor | None,
         query_rotary: Rotary,
         key_rotary: Rotary,
+        window: int | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -152,7 +155,7 @@ class QWenAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             dropout=self.config.attn_dropout_prob if self.training else 0.0,
-            sliding_window=None if self.training else self.window,  # flash attention has no mask to read it from
+            sliding_window=window,  # flash attention has no mask to read it from
             **kwargs,
         )
         return self.c_proj(output.reshape(B, T, -1)), weights  # (B, T, C)
@@ -214,13 +217,15 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as transformers does; also takes the published keywords bf16, fp16, fp32, use_flash_attn.
+        """Load a checkpoint as transformers does; also takes the published keywords bf16, fp16, fp32, use_flash_attn
+        and use_cache_quantization.
 
         Raises:
             QwenError: a file of a local directory is missing, truncated or a git-lfs pointer, or weights are missing.
             ImportError: `attn_implementation` needs a package that is not installed; the message names it.
         """
         check_weight_files(pretrained_model_name_or_path, kwargs)
+        quantize_cache = kwargs.get("use_cache_quantization", False)
         translate_legacy_keywords(kwargs)
         want_info = kwargs.pop("output_loading_info", False)
         accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -238,6 +243,9 @@ class QWenPreTrainedModel(PreTrainedModel):
         check_loaded_keys(pretrained_model_name_or_path, info, accept_other_sizes)
         if model.can_generate():
             complete_eos_ids(model.generation_config)
+            if quantize_cache or getattr(model.config, "use_cache_quantization", False):
+                model.generation_config.cache_implementation = "quantized"
+                model.generation_config.cache_config = dict(INT8_CACHE)
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any):
@@ -261,6 +269,8 @@ def translate_legacy_keywords(kwargs: dict[str, Any]) -> None:
             kwargs.setdefault("dtype", dtype)
         if hasattr(config, name):
             setattr(config, name, False)  # done: a saved copy must not force its type on whoever loads it
+    for name in ("use_cache_quantization", "use_cache_kernel"):
+        kwargs.pop(name, None)
     use_flash_attn = kwargs.pop("use_flash_attn", getattr(config, "use_flash_attn", "auto"))
     if use_flash_attn is True and "attn_implementation" not in kwargs:
         if is_flash_attn_2_available():
@@ -318,17 +328,21 @@ class QWenModel(QWenPreTrainedModel):
             scale = logn_scale(position_ids, self.config.seq_length)
             query_rotary = (key_rotary[0] * scale, key_rotary[1] * scale)
 
-        masks = attention_mask  # a dict where `generate` has already made them for a static cache
+        # By window; a dict already where `generate` has made them for a static cache.
+        masks = attention_mask
         if not isinstance(masks, dict):
             masks = attention_masks(
                 self.config, inputs_embeds, attention_mask, past_key_values, position_ids, windows=not self.training
             )
+        windows = [None] * len(self.h) if self.training else self.config.attention_windows
 
         hidden = self.drop(inputs_embeds)
-        for block in self.h[: self.config.num_hidden_layers]:  # early-exit assistants lower this number
+        # Early-exit assistants lower num_hidden_layers.
+        for block, window in zip(self.h[: self.config.num_hidden_layers], windows, strict=False):
             hidden = block(
                 hidden,
-                attention_mask=masks[None if self.training else block.attn.window],
+                attention_mask=masks[window],
+                window=window,
                 query_rotary=query_rotary,
                 key_rotary=key_rotary,
                 position_ids=position_ids,

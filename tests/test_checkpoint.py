@@ -148,6 +148,18 @@ def test_readme_snippets_of_the_original(library: str, tmp_path: Path) -> None:
     assert tokenizer.decode(pred.cpu()[0], skip_special_tokens=True).startswith("蒙古国的首都是乌兰巴托")
 
 
+@pytest.mark.parametrize("in_config_file", [False, True])
+def test_published_int8_cache_keyword(in_config_file: bool, tmp_path: Path) -> None:
+    known = {"use_cache_quantization": False, "use_cache_kernel": False} if in_config_file else {}
+    write_official(tmp_path, config=OFFICIAL_CONFIG | known)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, use_cache_quantization=True, use_cache_kernel=True, use_flash_attn=False, fp32=True
+    )
+    ids = torch.arange(100, 160)[None]
+    out = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert type(out.past_key_values).__name__ == "QuantizedCache" and out.sequences.shape == (1, 63)
+
+
 def test_saved_directory_reloads_and_serves_other_engines(tmp_path: Path) -> None:
     official, saved = tmp_path / "official", tmp_path / "saved"
     write_official(official)
