@@ -248,7 +248,9 @@ class QWenPreTrainedModel(PreTrainedModel):
                 model.generation_config.cache_config = dict(INT8_CACHE)
         return (model, info) if want_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any
+    ) -> None:
         """Write a checkpoint that loads here; `push_code` adds the model's code, to load it in plain transformers."""
         if self.can_generate():
             complete_eos_ids(self.generation_config)
@@ -492,7 +494,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopSequences(stop_words_ids)])
         return super().generate(inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs)
 
-    def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any):
+    def _prefill(
+        self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> CausalLMOutputWithPast:
         """Choose the NTK alphas from the whole prompts, before they may be cut into chunks, for all later steps."""
         cache = model_kwargs.get("past_key_values")
         tokens = model_kwargs["inputs_embeds"] if model_kwargs.get("inputs_embeds") is not None else input_ids

@@ -151,7 +151,9 @@ class QWenTokenizer(PreTrainedTokenizer):
             file.writelines(b"%s %d\n" % (base64.b64encode(t), rank) for t, rank in self.mergeable_ranks.items())
         return (path,)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any
+    ) -> tuple[str, ...]:
         """Write vocabulary and settings; `push_code` adds the code, to load them in plain transformers."""
         self.init_kwargs.pop("auto_map", None)  # of the directory it was loaded from: that code is not saved with it
         files = super().save_pretrained(save_directory, *args, **kwargs)
