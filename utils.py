@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from demo_checkpoint import ensure_demo_checkpoint
@@ -111,7 +112,7 @@ def load_model_and_tokenizer(
     directory = find_checkpoint(path, hub, revision)
     if (directory / "adapter_config.json").is_file():
         return _load_adapter(directory, device, dtype, attn, hub, num_gpus)
-    refuse_quantized(directory)
+    check_loadable(directory)
     config = load_config(directory)
     tokenizer = load_tokenizer(directory)  # before the weights: a missing vocabulary should not cost minutes
     if num_gpus is not None:
@@ -172,8 +173,8 @@ def find_checkpoint(path: str | os.PathLike, hub: str = HUBS[0], revision: str |
     return fetch_checkpoint(str(path), hub, revision)
 
 
-def refuse_quantized(directory: Path) -> None:
-    """QwenError for a quantised checkpoint, which nothing here can load yet; also checks the architecture."""
+def check_loadable(directory: Path) -> None:
+    """QwenError for a checkpoint of another architecture, or a quantised one, which nothing here can load yet."""
     quantization = check_architecture(directory).get("quantization_config")
     if quantization:
         method, bits = quantization.get("quant_method", "unknown"), quantization.get("bits", "?")
@@ -200,7 +201,11 @@ def _load_adapter(
         raise QwenError(f"the base model of adapter {directory} does not load: {error}") from error
     if (directory / "qwen.tiktoken").is_file():
         tokenizer = load_tokenizer(directory)
-    return PeftModel.from_pretrained(model, directory).eval(), tokenizer
+    try:
+        return PeftModel.from_pretrained(model, directory).eval(), tokenizer
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # no weights, damaged, of another size
+        reason = str(error).strip().split("\n")[0]
+        raise QwenError(f"the adapter {directory} does not fit onto {base} ({reason[:160]}): save it again") from error
 
 
 # ---- precision and place ----

@@ -175,6 +175,12 @@ def test_adapter_directory(tmp_path: Path) -> None:
     assert (loaded(input_ids=ids).logits - golden.model()(ids).logits).abs().max() > 0.01
     assert callable(loaded.chat) and len(tokenizer) == 151851
 
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    for damage in (lambda path: path.write_bytes(weights[:-500]), Path.unlink):
+        damage(adapter / "adapter_model.safetensors")
+        with pytest.raises(QwenError, match="the adapter .*adapter does not fit onto .*base"):
+            load_model_and_tokenizer(adapter, device="cpu", dtype="fp32")
+
     shutil.rmtree(base)
     with pytest.raises(QwenError, match="the base model of adapter .*adapter does not load: "):
         load_model_and_tokenizer(adapter, device="cpu")
