@@ -19,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from demo_checkpoint import ensure_demo_checkpoint
 from hub import HUBS, fetch_checkpoint
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
-from qwen.checkpoint import check_architecture, read_json
+from qwen.checkpoint import check_architecture, check_vocabulary, read_json
+from qwen.errors import first_line
+from qwen.tokenization_qwen import VOCAB_FILE
 
 DEFAULT_CHECKPOINT = "Qwen/Qwen-7B-Chat"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -127,8 +129,9 @@ def load_model_and_tokenizer(
             directory, dtype=dtype, device_map=placement, attn_implementation=attn
         )
     except ImportError as error:  # names the package that the attention implementation needs
-        reason = str(error).strip().split("\n")[0]
-        raise QwenError(f"--attn {attn} is not available here ({reason}): install the package, or use sdpa") from error
+        raise QwenError(
+            f"--attn {attn} is not available here ({first_line(error)}): install the package, or use sdpa"
+        ) from error
     except torch.OutOfMemoryError as error:
         size = weight_bytes(config, dtype) / 2**30
         raise QwenError(
@@ -154,11 +157,7 @@ def load_config(directory: Path) -> QWenConfig:
 
 def load_tokenizer(directory: Path) -> QWenTokenizer:
     """The tokenizer of a checkpoint directory; QwenError if its vocabulary is missing or broken."""
-    if not (directory / "qwen.tiktoken").is_file():
-        raise QwenError(
-            f"{directory / 'qwen.tiktoken'} is missing: copy it from the model's page, or run "
-            "`git lfs install && git lfs pull` in the clone"
-        )
+    check_vocabulary(directory / VOCAB_FILE)
     return AutoTokenizer.from_pretrained(directory)
 
 
@@ -199,13 +198,13 @@ def _load_adapter(
         model, tokenizer = load_model_and_tokenizer(base, device, dtype, attn, hub, num_gpus=num_gpus)
     except QwenError as error:
         raise QwenError(f"the base model of adapter {directory} does not load: {error}") from error
-    if (directory / "qwen.tiktoken").is_file():
+    if (directory / VOCAB_FILE).is_file():
         tokenizer = load_tokenizer(directory)
     try:
         return PeftModel.from_pretrained(model, directory).eval(), tokenizer
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # no weights, damaged, of another size
-        reason = str(error).strip().split("\n")[0]
-        raise QwenError(f"the adapter {directory} does not fit onto {base} ({reason[:160]}): save it again") from error
+        reason = first_line(error)[:160]
+        raise QwenError(f"the adapter {directory} does not fit onto {base} ({reason}): save it again") from error
 
 
 # ---- precision and place ----

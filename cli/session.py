@@ -13,6 +13,7 @@ from transformers import GenerationConfig, set_seed
 
 from qwen.chat import Reply, reply_config
 from qwen.chatml import DEFAULT_SYSTEM, Turn
+from qwen.errors import first_line
 
 from .display import Display
 from .texts import Texts
@@ -103,7 +104,7 @@ class ChatSession:
                         shown.update(reply)
         except (RuntimeError, ValueError, MemoryError) as error:  # QwenError, torch's (memory, CUDA), transformers'
             no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-            self.fail(self.texts("no_memory") if no_memory else one_line(error))
+            self.fail(self.texts("no_memory") if no_memory else first_line(error))
             return None
         self.stats.add(reply, first, total)
         self._remark(reply, len(history))
@@ -127,8 +128,3 @@ class ChatSession:
         for note in notes:
             self.display.say(note, style="dim")
         self.display.end_turn()
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name if it has none."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

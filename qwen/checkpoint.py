@@ -13,6 +13,7 @@ from .errors import QwenError
 
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference; each may have an index instead
+PULL = "run `git lfs install && git lfs pull` in the clone"
 FETCH_AGAIN = "download it again, for example with `hf download Qwen/Qwen-7B-Chat --local-dir DIR`"
 
 
@@ -43,6 +44,15 @@ def check_architecture(directory: str | os.PathLike) -> dict[str, Any]:
             "give another path, or load this one with transformers directly"
         )
     return config
+
+
+def check_vocabulary(path: str | os.PathLike) -> None:
+    """QwenError if the vocabulary file is missing or a git-lfs pointer: the two ends of a clone without git-lfs."""
+    if not os.path.isfile(path):
+        raise QwenError(f"{path} is missing: copy it from the model's page, or {PULL}")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise QwenError(f"{path} is only a git-lfs pointer, not the vocabulary: {PULL}")
 
 
 def check_weight_files(directory: str | os.PathLike, load_kwargs: dict[str, Any] | None = None) -> None:
@@ -84,7 +94,7 @@ def check_weight_file(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(len(LFS_POINTER))
     if head == LFS_POINTER:
-        raise QwenError(f"{path} is only a git-lfs pointer: run `git lfs install && git lfs pull` in the clone")
+        raise QwenError(f"{path} is only a git-lfs pointer: {PULL}")
     size = path.stat().st_size
     if path.suffix == ".safetensors":
         expected = safetensors_size(path)

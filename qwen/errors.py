@@ -1,4 +1,4 @@
-"""The one error whose message is written for the person at the keyboard."""
+"""The one error whose message is written for the person at the keyboard, and how to quote another in it."""
 
 
 class QwenError(RuntimeError):
@@ -6,3 +6,8 @@ class QwenError(RuntimeError):
 
     Entry points print the message and exit with a non-zero status; nothing else in the project does.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name if it has none: enough to quote in a sentence."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

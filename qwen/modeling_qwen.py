@@ -225,7 +225,8 @@ class QWenPreTrainedModel(PreTrainedModel):
             ImportError: `attn_implementation` needs a package that is not installed; the message names it.
         """
         check_weight_files(pretrained_model_name_or_path, kwargs)
-        quantize_cache = kwargs.get("use_cache_quantization", False)
+        quantize_cache = kwargs.pop("use_cache_quantization", False)
+        kwargs.pop("use_cache_kernel", None)  # the publisher's kernel for it
         translate_legacy_keywords(kwargs)
         want_info = kwargs.pop("output_loading_info", False)
         accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -271,8 +272,6 @@ def translate_legacy_keywords(kwargs: dict[str, Any]) -> None:
             kwargs.setdefault("dtype", dtype)
         if hasattr(config, name):
             setattr(config, name, False)  # done: a saved copy must not force its type on whoever loads it
-    for name in ("use_cache_quantization", "use_cache_kernel"):
-        kwargs.pop(name, None)
     use_flash_attn = kwargs.pop("use_flash_attn", getattr(config, "use_flash_attn", "auto"))
     if use_flash_attn is True and "attn_implementation" not in kwargs:
         if is_flash_attn_2_available():
@@ -330,13 +329,11 @@ class QWenModel(QWenPreTrainedModel):
             scale = logn_scale(position_ids, self.config.seq_length)
             query_rotary = (key_rotary[0] * scale, key_rotary[1] * scale)
 
+        windows = [None] * len(self.h) if self.training else self.config.attention_windows
         # By window; a dict already where `generate` has made them for a static cache.
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = attention_masks(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, windows=not self.training
-            )
-        windows = [None] * len(self.h) if self.training else self.config.attention_windows
+            masks = attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, windows)
 
         hidden = self.drop(inputs_embeds)
         # Early-exit assistants lower num_hidden_layers.
@@ -399,11 +396,11 @@ def attention_masks(
     attention_mask: Tensor | None,
     past_key_values: Cache | None,
     position_ids: Tensor | None = None,
-    windows: bool = True,
+    windows: list[int | None] | None = None,
     **kwargs: Any,
 ) -> dict[int | None, Any]:
-    """One causal mask for each different window of the layers, in the form that the attention function wants."""
-    sizes = set(config.attention_windows) if windows else {None}
+    """One causal mask for each different window, by default the config's, in the form the attention function wants."""
+    sizes = set(config.attention_windows if windows is None else windows)
     return {
         size: create_causal_mask(
             config=config,

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 from transformers.utils import logging
 
 from .chatml import CHAT_TEMPLATE, Message, encode_messages
+from .checkpoint import check_vocabulary
 from .errors import QwenError
 from .push_code import push_code_to
 
@@ -38,16 +39,9 @@ def load_ranks(path: str) -> dict[bytes, int]:
     Raises:
         QwenError: the file is missing, a git-lfs pointer, or has a broken line.
     """
-    if not os.path.isfile(path):
-        raise QwenError(
-            f"{path} is missing: copy it from the model's page, or run `git lfs install && git lfs pull` in the clone"
-        )
+    check_vocabulary(path)
     with open(path, "rb") as file:
         lines = file.read().splitlines()
-    if lines and lines[0].startswith(b"version https://git-lfs"):
-        raise QwenError(
-            f"{path} is only a git-lfs pointer, not the vocabulary: run `git lfs install && git lfs pull` in the clone"
-        )
     ranks = {}
     for number, line in enumerate(lines, start=1):
         try:

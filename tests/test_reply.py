@@ -1,6 +1,7 @@
 """ReplyDecoder against what it should come to, said in one line: join the bytes, decode, cut, strip."""
 
 import codecs
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -50,18 +51,15 @@ def test_stream_equals_whole(ids: list[int], stop_words: list[str], ends: bool) 
 
 
 @settings(max_examples=100, deadline=None)
-@given(text, st.data())
-def test_stop_words_across_token_borders(content: str, data: st.DataObject) -> None:
+@given(text, st.sampled_from(["Observation: 1", "好世界", "\n\nz", ""]))
+def test_stop_words_across_token_borders(content: str, ending: str) -> None:
     """However text is cut into tokens, byte by byte too, the same word stops it at the same place."""
     words = ["Observation:", "好世", "\n\n", content[len(content) // 2 :][:3] or "x"]
-    content += data.draw(st.sampled_from(["Observation: 1", "好世界", "\n\nz", ""]))
+    # What the tokenizer makes of it anyway: lone surrogates replaced, and composed.
+    content = unicodedata.normalize("NFC", (content + ending).encode("utf-8", "replace").decode())
     natural, _ = run(TOKENIZER.encode_text(content), [], words)
-    as_bytes, _ = run([TOKENIZER.mergeable_ranks[bytes([b])] for b in content.encode("utf-8", "replace")], [], words)
-    if content == content.encode("utf-8", "replace").decode():
-        import unicodedata
-
-        if unicodedata.is_normalized("NFC", content):
-            assert natural.text == as_bytes.text
+    as_bytes, _ = run([TOKENIZER.mergeable_ranks[bytes([b])] for b in content.encode()], [], words)
+    assert natural.text == as_bytes.text
 
 
 def test_half_a_character_never_shows() -> None:

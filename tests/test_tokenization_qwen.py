@@ -2,8 +2,10 @@
 
 import base64
 import copy
+import functools
 import json
 import pickle
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -142,8 +144,6 @@ def test_copies_are_whole(tokenizer: QWenTokenizer) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.text())
 def test_any_text_as_tiktoken_reads_it(text: str) -> None:
-    import unicodedata
-
     tokenizer, bare = shared()
     normal = unicodedata.normalize("NFC", text)
     ids = tokenizer.encode(text)
@@ -153,23 +153,18 @@ def test_any_text_as_tiktoken_reads_it(text: str) -> None:
     assert tokenizer.decode(ids) == normal.encode("utf-8", "replace").decode()
 
 
-_SHARED: list = []
-
-
+@functools.cache
 def shared() -> tuple[QWenTokenizer, tiktoken.Encoding]:
     """Built once: hypothesis calls its test many times, and takes no fixtures of a function."""
-    if not _SHARED:
-        ranks = {base64.b64decode(t): int(i) for t, i in (line.split() for line in VOCAB.read_bytes().splitlines())}
-        specials = QWenTokenizer(VOCAB).special_tokens
-        _SHARED.extend(
-            [
-                QWenTokenizer(VOCAB),
-                tiktoken.Encoding(
-                    "bare", pat_str=GOLDEN["attrs"]["pat_str"], mergeable_ranks=ranks, special_tokens=specials
-                ),
-            ]
-        )
-    return tuple(_SHARED)
+    tokenizer = QWenTokenizer(VOCAB)
+    ranks = {base64.b64decode(t): int(i) for t, i in (line.split() for line in VOCAB.read_bytes().splitlines())}
+    bare = tiktoken.Encoding(
+        "bare",
+        pat_str=GOLDEN["attrs"]["pat_str"],
+        mergeable_ranks=ranks,
+        special_tokens=tokenizer.special_tokens,
+    )
+    return tokenizer, bare
 
 
 def test_chat_template_without_injection(tokenizer: QWenTokenizer) -> None:
