@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from demo_checkpoint import ensure_demo_checkpoint
 from hub import HUBS, fetch_checkpoint
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
-from qwen.checkpoint import check_architecture, check_vocabulary, read_json
+from qwen.checkpoint import check_architecture, read_json
 from qwen.errors import first_line
 from qwen.tokenization_qwen import VOCAB_FILE
 
@@ -116,7 +116,8 @@ def load_model_and_tokenizer(
         return _load_adapter(directory, device, dtype, attn, hub, num_gpus)
     check_loadable(directory)
     config = load_config(directory)
-    tokenizer = load_tokenizer(directory)  # before the weights: a missing vocabulary should not cost minutes
+    # Before the weights: a missing vocabulary should not cost minutes.
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     if num_gpus is not None:
         placement: Any = gpu_device_map(num_gpus, config, available=torch.cuda.device_count())
         dtype = choose_dtype("cuda", dtype)
@@ -153,12 +154,6 @@ def load_config(directory: Path) -> QWenConfig:
     except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise QwenError(f"{directory / 'config.json'} has a value that can't be used: {reason}") from error
-
-
-def load_tokenizer(directory: Path) -> QWenTokenizer:
-    """The tokenizer of a checkpoint directory; QwenError if its vocabulary is missing or broken."""
-    check_vocabulary(directory / VOCAB_FILE)
-    return AutoTokenizer.from_pretrained(directory)
 
 
 def find_checkpoint(path: str | os.PathLike, hub: str = HUBS[0], revision: str | None = None) -> Path:
@@ -199,7 +194,7 @@ def _load_adapter(
     except QwenError as error:
         raise QwenError(f"the base model of adapter {directory} does not load: {error}") from error
     if (directory / VOCAB_FILE).is_file():
-        tokenizer = load_tokenizer(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     try:
         return PeftModel.from_pretrained(model, directory).eval(), tokenizer
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # no weights, damaged, of another size

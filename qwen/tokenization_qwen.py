@@ -112,6 +112,13 @@ class QWenTokenizer(PreTrainedTokenizer):
                 self.mergeable_ranks[token] = rank
                 taken.add(rank)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but say of a local directory without vocabulary what is missing (QwenError)."""
+        if os.path.isdir(pretrained_model_name_or_path) and not kwargs.get("subfolder"):
+            check_vocabulary(os.path.join(pretrained_model_name_or_path, VOCAB_FILE))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     # ---- the vocabulary ----
 
     @property

@@ -292,8 +292,12 @@ def test_shapes_of_another_size(tmp_path: Path) -> None:
         load_model_and_tokenizer(tmp_path, device="cpu")
 
 
-def test_the_model_class_checks_too(tmp_path: Path) -> None:
+def test_the_classes_check_too(tmp_path: Path) -> None:
     write_official(tmp_path)
     truncate(tmp_path / SHARD)
+    (tmp_path / "qwen.tiktoken").unlink()
     with pytest.raises(QwenError, match="is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    for trust in (None, False, True):
+        with pytest.raises(QwenError, match="qwen.tiktoken is missing: .*`git lfs install && git lfs pull`"):
+            AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trust)
