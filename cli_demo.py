@@ -28,6 +28,7 @@ from cli.terminal import (
 )
 from cli.texts import LANGUAGES, Texts, default_language
 from qwen.chatml import DEFAULT_SYSTEM
+from tensor_parallel import ParallelQWen, is_leader
 from utils import add_model_arguments, describe_placement, load_from_args, run_script
 
 
@@ -40,6 +41,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("-s", "--seed", type=seed_number, metavar="N", help="makes a chat repeatable (default: random)")
     group.add_argument("--system", default=DEFAULT_SYSTEM, metavar="TEXT", help="system message (default: %(default)s)")
     group.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest reply (default: the checkpoint's)")
+    group.add_argument(
+        "--prompt-lookup", type=positive, metavar="N",
+        help="guess up to N tokens at a time from the prompt: faster where replies repeat it, same greedy replies",
+    )  # fmt: skip
     group.add_argument(
         "--lang", choices=LANGUAGES, default=default_language(), help="interface language (default: locale)"
     )
@@ -99,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     texts = Texts(args.lang)
     display = make_display(args.plain, interactive)
 
-    print(texts("loading", name=args.checkpoint_path), file=sys.stderr, flush=True)
+    if is_leader():
+        print(texts("loading", name=args.checkpoint_path), file=sys.stderr, flush=True)
     logging.set_verbosity_error()
     model, tokenizer = load_from_args(args)
     session = ChatSession(model, tokenizer, display, texts, system=args.system)
@@ -107,12 +113,15 @@ def main(argv: list[str] | None = None) -> int:
         session.seed = args.seed
     if args.max_new_tokens is not None:
         session.config.max_new_tokens = args.max_new_tokens
+    if args.prompt_lookup is not None:
+        session.config.prompt_lookup_num_tokens = args.prompt_lookup
 
     greet(session, args.checkpoint_path, interactive)
     if not interactive:
         answer_all(session)
         return 1 if session.failures else 0
-    session.interruptible = stop_on_interrupt
+    if not isinstance(model, ParallelQWen):  # there torchrun ends all processes on Ctrl-C
+        session.interruptible = stop_on_interrupt
     if is_dumb_terminal():
         chat(session, lambda: read_terminal_line(session))
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -20,8 +21,11 @@ from demo_checkpoint import ensure_demo_checkpoint
 from hub import HUBS, fetch_checkpoint
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.checkpoint import check_architecture, read_json
+from qwen.configuration_qwen import torch_reads
 from qwen.errors import first_line
+from qwen.int4 import check_quantization, describe_kernel, replace_linears
 from qwen.tokenization_qwen import VOCAB_FILE
+from tensor_parallel import ParallelQWen, join_processes, leader_first, load_parallel
 
 DEFAULT_CHECKPOINT = "Qwen/Qwen-7B-Chat"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,6 +46,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
     group.add_argument("--num-gpus", type=int, metavar="N", help="spread the layers over N GPUs")
     group.add_argument(
+        "--tp", type=int, metavar="N", help="cut every layer into N, a GPU for each: torchrun --nproc_per_node N ..."
+    )
+    group.add_argument(
         "--dtype", default="auto", choices=["auto", *DTYPES], help="precision (default: the best of the device)"
     )
     group.add_argument(
@@ -56,6 +63,8 @@ def load_from_args(args: argparse.Namespace) -> tuple[QWenLMHeadModel, QWenToken
     """`load_model_and_tokenizer` with what `add_model_arguments` parsed."""
     if args.cpu_only and (args.num_gpus or args.device not in ("auto", "cpu")):
         raise QwenError("--cpu-only contradicts --device and --num-gpus: leave one of them out")
+    if args.tp and (args.num_gpus or args.device != "auto"):
+        raise QwenError("--tp chooses the devices itself: leave --num-gpus and --device out")
     return load_model_and_tokenizer(
         args.checkpoint_path,
         device="cpu" if args.cpu_only else args.device,
@@ -64,6 +73,7 @@ def load_from_args(args: argparse.Namespace) -> tuple[QWenLMHeadModel, QWenToken
         hub=args.hub,
         revision=args.revision,
         num_gpus=args.num_gpus,
+        tp=args.tp,
     )
 
 
@@ -98,6 +108,7 @@ def load_model_and_tokenizer(
     hub: str = HUBS[0],
     revision: str | None = None,
     num_gpus: int | None = None,
+    tp: int | None = None,
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
     """Load a checkpoint for inference.
 
@@ -107,10 +118,18 @@ def load_model_and_tokenizer(
         dtype: "auto" is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU.
         attn: one of transformers' attention implementations.
         num_gpus: spread the layers over that many GPUs, see `gpu_device_map`.
+        tp: cut every layer into so many slices, one for each process that torchrun has started. Returns in the first
+            of them only: the others follow it (see tensor_parallel.py).
 
     Raises:
         QwenError: the checkpoint, the hub, the device or an option is at fault; the message says what to do.
     """
+    tp = None if tp == 1 else tp
+    if tp is not None:
+        join_processes(tp, str(device))
+        with leader_first():
+            check_splittable(find_checkpoint(path, hub, revision))
+        device = "auto"
     directory = find_checkpoint(path, hub, revision)
     if (directory / "adapter_config.json").is_file():
         return _load_adapter(directory, device, dtype, attn, hub, num_gpus)
@@ -124,11 +143,15 @@ def load_model_and_tokenizer(
     else:
         device = choose_device(device)
         dtype = choose_dtype(device, dtype)
-        placement = place_on_gpus(config, dtype) if device == "cuda" else {"": device}
+        placement = place_on_gpus(config, dtype) if device == "cuda" and tp is None else {"": device}
     try:
+        if tp is not None:
+            return load_parallel(directory, config, tp, dtype, attn), tokenizer
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, device_map=placement, attn_implementation=attn
         )
+        if placement == {"": "cpu"}:
+            model.use_cpu_kernels()
     except ImportError as error:  # names the package that the attention implementation needs
         raise QwenError(
             f"--attn {attn} is not available here ({first_line(error)}): install the package, or use sdpa"
@@ -168,14 +191,19 @@ def find_checkpoint(path: str | os.PathLike, hub: str = HUBS[0], revision: str |
 
 
 def check_loadable(directory: Path) -> None:
-    """QwenError for a checkpoint of another architecture, or a quantised one, which nothing here can load yet."""
+    """QwenError for a checkpoint of another architecture, or quantised in a way that can't be loaded here."""
     quantization = check_architecture(directory).get("quantization_config")
     if quantization:
-        method, bits = quantization.get("quant_method", "unknown"), quantization.get("bits", "?")
-        raise QwenError(
-            f"{directory} is quantised ({method}, {bits} bits), which is not supported yet: "
-            "use the unquantised checkpoint, for example Qwen/Qwen-7B-Chat"
-        )
+        check_quantization(directory, quantization)
+
+
+def check_splittable(directory: Path) -> None:
+    """QwenError for a checkpoint that can't be cut into slices for tensor parallelism."""
+    if (directory / "adapter_config.json").is_file():
+        raise QwenError(f"{directory} is a LoRA adapter, which --tp can't split: merge it into its base model first")
+    if check_architecture(directory).get("quantization_config"):
+        raise QwenError(f"{directory} is quantised, which --tp can't split: use the unquantised checkpoint, or one GPU")
+    load_config(directory)
 
 
 def _load_adapter(
@@ -251,8 +279,10 @@ def choose_dtype(device: str, dtype: str | torch.dtype = "auto") -> torch.dtype:
 def weight_bytes(config: QWenConfig, dtype: torch.dtype) -> int:
     """Size of the model's weights in bytes."""
     with torch.device("meta"):
-        model = QWenLMHeadModel(config)
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        model = QWenLMHeadModel(config).to(dtype)
+    if isinstance(quantization := getattr(config, "quantization_config", None), dict) and torch_reads(quantization):
+        replace_linears(model, quantization)
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in (*model.parameters(), *model.buffers()))
 
 
 def place_on_gpus(config: QWenConfig, dtype: torch.dtype) -> dict[str, int] | str:
@@ -304,4 +334,8 @@ def describe_placement(model: QWenLMHeadModel) -> str:
     """A line for people: precision, device and attention of a loaded model."""
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values()})
     places = ", ".join(f"cuda:{device}" if device.isdigit() else device for device in devices)
-    return f"{DTYPE_NAMES.get(model.dtype, model.dtype)} on {places}, {model.config._attn_implementation} attention"
+    if isinstance(model, ParallelQWen):
+        places = f"{dist.get_world_size()} processes ({model.device.type})"
+    parts = [f"{DTYPE_NAMES.get(model.dtype, model.dtype)} on {places}",
+             f"{model.config._attn_implementation} attention", describe_kernel(model)]  # fmt: skip
+    return ", ".join(part for part in parts if part)

@@ -48,6 +48,7 @@ SETTINGS = {
     "suppress_tokens": Setting("ids"),
     "begin_suppress_tokens": Setting("ids"),
     "eos_token_id": Setting("ids", optional=False),
+    "prompt_lookup_num_tokens": Setting("int", low=1),
     "max_window_size": Setting("int", low=1, optional=False),
     "chat_format": Setting("choice", optional=False, choices=("chatml", "raw")),
 }

@@ -9,6 +9,23 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+# The `quant_method`, in memory, of GPTQ checkpoints that PyTorch alone can run (int4.py). In config.json it is "gptq",
+# and when transformers reads that it asks for other packages.
+TORCH_GPTQ = "gptq_torch"
+GROUP_SIZES = (32, 64, 128, 256)
+
+
+def torch_reads(quantization: dict[str, Any]) -> bool:
+    """Whether PyTorch alone can run a checkpoint with this `quantization_config`."""
+    return (
+        quantization.get("quant_method") in ("gptq", TORCH_GPTQ)
+        and quantization.get("bits") in (4, 8)
+        and quantization.get("group_size") in GROUP_SIZES
+        and quantization.get("sym", True) is True
+        and not quantization.get("desc_act")
+        and quantization.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2", None, "")
+    )
+
 
 @strict  # values of a wrong type are refused when they are set
 class QWenConfig(PreTrainedConfig):
@@ -92,6 +109,15 @@ class QWenConfig(PreTrainedConfig):
             raise ValueError(
                 f"local_attn lists {len(self.local_attn)} windows for {self.num_hidden_layers} layers: give one a layer"
             )
+        quantization = getattr(self, "quantization_config", None)
+        if isinstance(quantization, dict) and torch_reads(quantization):
+            self.quantization_config = {**quantization, "quant_method": TORCH_GPTQ}
+
+    def to_dict(self) -> dict[str, Any]:
+        return _with_published_method(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return _with_published_method(super().to_diff_dict())
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write config.json without the `auto_map` it was read with: the code that this names is not saved with it."""
@@ -119,3 +145,10 @@ class QWenConfig(PreTrainedConfig):
             return list(self.local_attn)
         quarter = [4 * layer // self.num_hidden_layers for layer in range(self.num_hidden_layers)]
         return [self.seq_length // 2 + q * self.seq_length // 6 for q in quarter]
+
+
+def _with_published_method(settings: dict[str, Any]) -> dict[str, Any]:
+    quantization = settings.get("quantization_config")
+    if quantization and quantization.get("quant_method") == TORCH_GPTQ:
+        settings["quantization_config"] = {**quantization, "quant_method": "gptq"}
+    return settings

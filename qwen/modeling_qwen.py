@@ -26,10 +26,13 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache import is_growing, let_grow
 from .chat import ChatMixin, FiniteLogits, StopSequences
 from .chatml import complete_eos_ids
 from .checkpoint import check_loaded_keys, check_weight_files
 from .configuration_qwen import QWenConfig
+from .cpu import CpuDecoder, load_kernels
+from .int4 import TorchGPTQ  # noqa: F401 - importing it tells transformers how to load Int4 checkpoints
 from .push_code import push_code_to
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
@@ -290,6 +293,7 @@ class QWenModel(QWenPreTrainedModel):
         self.h = nn.ModuleList(QWenBlock(config, i) for i in range(config.num_hidden_layers))
         self.ln_f = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        self.cpu_decoder: CpuDecoder | None = None  # set by `use_cpu_kernels`
         self.post_init()
 
     @merge_with_config_defaults
@@ -320,6 +324,7 @@ class QWenModel(QWenPreTrainedModel):
             inputs_embeds = self.wte(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        let_grow(past_key_values, len(self.h))
 
         if position_ids is None:
             position_ids = true_positions(attention_mask, inputs_embeds, past_key_values)
@@ -328,6 +333,12 @@ class QWenModel(QWenPreTrainedModel):
         if self.config.use_logn_attn and not self.training:
             scale = logn_scale(position_ids, self.config.seq_length)
             query_rotary = (key_rotary[0] * scale, key_rotary[1] * scale)
+
+        if self.cpu_decoder is not None and self.cpu_decoder.fits(
+            inputs_embeds, attention_mask, past_key_values if use_cache else None, self.training, kwargs
+        ):
+            hidden = self.cpu_decoder(inputs_embeds, query_rotary, key_rotary, attention_mask, past_key_values)
+            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
         windows = [None] * len(self.h) if self.training else self.config.attention_windows
         # By window; a dict already where `generate` has made them for a static cache.
@@ -458,7 +469,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        hidden = outputs.last_hidden_state[:, kept]
+        cpu_decoder = self.transformer.cpu_decoder
+        logits = self.lm_head(hidden) if cpu_decoder is None else cpu_decoder.linear(hidden, self.lm_head)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -470,9 +483,64 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def use_cpu_kernels(self) -> bool:
+        """Let compiled kernels do the work where they can (see cpu.py); whether there are any."""
+        kernels = load_kernels()
+        self.transformer.cpu_decoder = None if kernels is None else CpuDecoder(kernels, self.transformer)
+        return kernels is not None
+
     # ---- generation: where transformers' `generate` has to know about Qwen ----
 
     create_masks_for_generate = staticmethod(attention_masks)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The loop of greedy search and sampling on a CPU, without the bookkeeping of transformers' own.
+
+        That costs milliseconds a token, as much as a small model itself; on a GPU it is hidden behind the GPU's work.
+        Whatever asks for more than tokens from a growing cache (scores, hidden states, a streamer) runs transformers'.
+        """
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        plain = is_growing(cache) and model_kwargs.get("inputs_embeds") is None and isinstance(mask, Tensor)
+        more = synced_gpus or streamer is not None or generation_config.return_dict_in_generate
+        if not plain or more or generation_config.is_assistant or input_ids.device.type != "cpu":
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
+        unpadded = bool(mask.all())
+        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        while True:
+            scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), num_samples=1)
+            else:
+                tokens = scores.argmax(-1, keepdim=True)
+            if ends_rows and len(tokens) > 1:
+                tokens = torch.where(unfinished[:, None], tokens, generation_config._pad_token_tensor)
+            input_ids = torch.cat([input_ids, tokens], dim=-1)
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            if not unfinished.any():
+                return input_ids
+            if not unpadded:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+            mask_now = None if unpadded else mask
+            logits = self(tokens, attention_mask=mask_now, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        let_grow(model_kwargs.get("past_key_values"), len(self.transformer.h))
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from qwen import QWenConfig, QWenLMHeadModel
 
 DATA = Path(__file__).parent / "data"
 MODEL = json.loads((DATA / "model.json").read_text())
+TOLERANCE = 1e-4
 
 
 def outputs() -> NpzFile:
@@ -45,3 +46,16 @@ def model(attn: str = "sdpa", **changes: object) -> QWenLMHeadModel:
 
 def ids(n: int, k: int = 0) -> torch.Tensor:
     return torch.tensor(np.random.RandomState(9000 + n + 31 * k).randint(0, 1000, (1, n)))
+
+
+def difference(actual: torch.Tensor, name: str) -> float:
+    """The largest absolute difference to an output of the publisher's code."""
+    return (actual - torch.tensor(outputs()[name])).abs().max().item()
+
+
+def left_pad(rows: list[torch.Tensor], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of (1, n) ids to a batch (B, T) and its attention mask."""
+    width = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=pad) for row in rows])
+    mask = torch.cat([torch.arange(width)[None] >= width - row.shape[1] for row in rows]).long()
+    return ids, mask

@@ -16,28 +16,16 @@ from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 from transformers.generation import CompileConfig
 
 import golden
+from golden import TOLERANCE, difference, left_pad
 from qwen import QWenConfig, QwenError, QWenLMHeadModel
 from qwen.modeling_qwen import dynamic_ntk_alpha
 
 SEQ_LENGTH = golden.MODEL["config"]["seq_length"]  # 64
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def model() -> QWenLMHeadModel:
     return golden.model()
-
-
-def difference(actual: torch.Tensor, name: str) -> float:
-    return (actual - torch.tensor(golden.outputs()[name])).abs().max().item()
-
-
-def left_pad(rows: list[torch.Tensor], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of (1, n) ids to a batch (B, T) and its attention mask."""
-    width = max(row.shape[1] for row in rows)
-    ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=pad) for row in rows])
-    mask = torch.cat([torch.arange(width)[None] >= width - row.shape[1] for row in rows]).long()
-    return ids, mask
 
 
 # ---- against the publisher's outputs ----
@@ -490,6 +478,7 @@ import sys
 import torch, torch.distributed as dist
 from transformers.distributed import DistributedConfig
 import golden
+from golden import TOLERANCE, difference, left_pad
 from qwen import QWenLMHeadModel
 dist.init_process_group("gloo")
 model = QWenLMHeadModel.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(**{sys.argv[2]: 2}))

@@ -1,0 +1,311 @@
+"""Run the decoder on a CPU at the speed of its memory: binds cpu_kernels.cpp and decides when it can stand in.
+
+The source is compiled once, for this very processor, with the system's C++ compiler (some seconds). Without a compiler,
+or where a model has been changed in ways the kernels don't know (adapters, hooks, other precisions), PyTorch's own
+operations do the work.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .cache import is_growing
+from .int4 import Int4Linear
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+INT4 = 2
+INT4_ROWS = 8  # rows that the int4 kernel works on side by side
+BLOCK = 32  # columns that share an activation scale in it
+FEW_ROWS = 8  # up to so many tokens a product is bound by memory, whatever the processor computes
+
+
+class _Matrix(Structure):
+    _fields_ = [("weight", c_void_p), ("scales", c_void_p), ("bias", c_void_p)]
+    _fields_ += [(name, c_int32) for name in ("kind", "rows", "cols", "group")]
+
+
+class _Layer(Structure):
+    _fields_ = [("ln_1", c_void_p), ("ln_2", c_void_p)]
+    _fields_ += [(name, _Matrix) for name in ("c_attn", "attn_c_proj", "w1", "w2", "mlp_c_proj")]
+    _fields_ += [("window", c_int32)]
+
+
+class _KeyValues(Structure):
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("capacity", c_int64)]
+
+
+class _Rotary(Structure):
+    _fields_ = [(name, c_void_p) for name in ("query_cos", "query_sin", "key_cos", "key_sin")]
+    _fields_ += [("batch_stride", c_int64)]
+
+
+class _Decoder(Structure):
+    _fields_ = [("layers", POINTER(_Layer)), ("ln_f", c_void_p)]
+    _fields_ += [(name, c_int32) for name in ("num_layers", "hidden", "heads", "head_dim", "mlp_width", "cache_kind")]
+    _fields_ += [("eps", c_float), ("scaling", c_float)]
+
+
+class _Step(Structure):
+    _fields_ = [("cache", POINTER(_KeyValues)), ("first", c_void_p), ("rotary", _Rotary)]
+    _fields_ += [(name, c_int32) for name in ("B", "T", "past", "threads")]
+
+
+# ---- building ----
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: beside the demo checkpoint, in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qwen-7b" / "kernels"
+
+
+@cache
+def load_kernels() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with one warning that says why, where they can't be had."""
+    if os.environ.get("QWEN_CPU_KERNELS") == "0":
+        return None
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if sys.platform == "win32" or compiler is None:
+        warnings.warn("no C++ compiler found (g++): CPU replies use PyTorch's operations, 2 to 4 times slower",
+                      stacklevel=3)  # fmt: skip
+        return None
+    try:
+        kernels = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        warnings.warn(f"the CPU kernels don't compile here ({reason.strip().splitlines()[0]}): CPU replies use "
+                      "PyTorch's operations, 2 to 4 times slower", stacklevel=3)  # fmt: skip
+        return None
+    kernels.qwen_decode.argtypes = [POINTER(_Decoder), POINTER(_Step), c_void_p]
+    kernels.qwen_linear.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p, c_int32]
+    return kernels
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library of the source for this processor, compiled if it is not there yet."""
+    machine = f"{platform.machine()} {torch.cpu.get_capabilities()}"  # a home directory may serve several machines
+    key = hashlib.sha256(f"{SOURCE.read_text()} {compiler} {FLAGS} {machine}".encode()).hexdigest()[:16]
+    library = cache_directory() / f"cpu-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / library.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            built.replace(library)  # at once: another process may be building it too
+    return library
+
+
+# ---- running ----
+
+
+class CpuDecoder:
+    """Stands in for the layers of a QWenModel, and for `lm_head`, where `fits` says so.
+
+    It reads the model's own weights in place. They are looked at again at every call: a converted, adapted or
+    quantised model is noticed.
+    """
+
+    def __init__(self, kernels: ctypes.CDLL, model: nn.Module) -> None:
+        self.kernels = kernels
+        self.config = model.config
+        self.layers = model.h
+        self.ln_f = model.ln_f
+        self.signature: tuple | None = None
+        self.alive: list[Tensor] = []  # what the pointers in the structures point to
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model: its modules alone. Addresses are found anew."""
+        return {"config": self.config, "layers": self.layers, "ln_f": self.ln_f}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, kernels=load_kernels(), signature=None, alive=[])
+
+    def fits(
+        self, hidden: Tensor, attention_mask: Any, cache: Cache | None, training: bool, kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether these inputs, and the model as it is now, are what the kernels compute."""
+        return (
+            not training
+            and not torch.is_grad_enabled()
+            and hidden.device.type == "cpu"
+            and hidden.dtype in KINDS
+            and (hidden.shape[0] * hidden.shape[1] <= FEW_ROWS or not _has_native_bf16(hidden.dtype))
+            and is_growing(cache)
+            and not kwargs.get("output_attentions")
+            and not kwargs.get("output_hidden_states")
+            and not torch.compiler.is_compiling()
+            and _padded_left(attention_mask)
+            and self._weights_are_known(hidden.dtype)
+        )
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        query_rotary: tuple[Tensor, Tensor],
+        key_rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        cache: Cache,
+    ) -> Tensor:
+        """The normed output (B, T, C) of all layers for embeddings (B, T, C), appending to the cache."""
+        B, T, _ = hidden.shape
+        past = cache.get_seq_length()
+        x = hidden.to(torch.float32, copy=True).contiguous()
+        angles = [part.reshape(part.shape[0], T, -1).contiguous() for part in (*query_rotary, *key_rotary)]
+        rows = min(part.shape[0] for part in angles)
+        first = torch.zeros(B, dtype=torch.int32)
+        if attention_mask is not None:
+            first = attention_mask.long().argmax(-1).int()
+        step = _Step(
+            self._buffers(cache, B, T, hidden.dtype), first.data_ptr(),
+            _Rotary(*(part.data_ptr() for part in angles), 0 if rows == 1 else angles[0][0].numel()),
+            B, T, past, torch.get_num_threads(),
+        )  # fmt: skip
+        self.kernels.qwen_decode(byref(self.decoder), byref(step), x.data_ptr())
+        for layer in cache.layers[: self.decoder.num_layers]:
+            layer.length += T
+        return x.to(hidden.dtype)
+
+    def linear(self, hidden: Tensor, linear: nn.Linear) -> Tensor:
+        """`linear(hidden)`; by the kernels if they know its weights."""
+        rows = hidden.numel() // hidden.shape[-1]
+        known = type(linear) is nn.Linear and linear.weight.dtype == hidden.dtype and hidden.dtype in KINDS
+        if torch.is_grad_enabled() or not known or hidden.device.type != "cpu" or not rows or _hooked(linear) or (
+            rows > FEW_ROWS and _has_native_bf16(hidden.dtype)
+        ):  # fmt: skip
+            return linear(hidden)
+        alive: list[Tensor] = []
+        matrix = _describe(linear, alive)
+        x = hidden.float().contiguous()
+        y = torch.empty(*hidden.shape[:-1], matrix.rows)
+        self.kernels.qwen_linear(byref(matrix), x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        return y.to(hidden.dtype)
+
+    def _buffers(self, cache: Cache, B: int, T: int, dtype: torch.dtype) -> Any:
+        """The caches of all layers as the kernels take them, each with room for T more tokens."""
+        config, places = self.config, (_KeyValues * len(self.layers))()
+        for place, layer in zip(places, cache.layers, strict=False):
+            if not layer.is_initialized:
+                empty = torch.empty(B, config.num_attention_heads, 0, config.kv_channels, dtype=dtype)
+                layer.lazy_initialization(empty, empty)
+            keys, values = layer.reserve(T)
+            place.keys, place.values, place.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        return places
+
+    def _weights_are_known(self, dtype: torch.dtype) -> bool:
+        """Whether all modules are of the kinds that the kernels compute; describes them anew where they changed."""
+        num_layers = self.config.num_hidden_layers  # early-exit assistants lower it
+        signature = (num_layers, dtype, *_signature(self.layers, self.ln_f))
+        if signature != self.signature:
+            self.signature = signature
+            self.known = all(
+                _is_known(block, dtype, self.kernels.qwen_lanes()) for block in self.layers
+            ) and not _hooked(self.ln_f)
+            if self.known:
+                self._describe(num_layers, dtype)
+        return self.known
+
+    def _describe(self, num_layers: int, dtype: torch.dtype) -> None:
+        config, alive = self.config, []
+        described = (_Layer * len(self.layers))()
+        for place, block, window in zip(described, self.layers, config.attention_windows, strict=True):
+            place.ln_1, place.ln_2 = (_float32(norm.weight, alive) for norm in (block.ln_1, block.ln_2))
+            place.c_attn = _describe(block.attn.c_attn, alive)
+            place.attn_c_proj = _describe(block.attn.c_proj, alive)
+            place.w1, place.w2 = _describe(block.mlp.w1, alive), _describe(block.mlp.w2, alive)
+            place.mlp_c_proj = _describe(block.mlp.c_proj, alive)
+            place.window = window or 0
+        self.decoder = _Decoder(
+            described, _float32(self.ln_f.weight, alive), num_layers, config.hidden_size, config.num_attention_heads,
+            config.kv_channels, config.intermediate_size // 2, KINDS[dtype], config.layer_norm_epsilon,
+            self.layers[0].attn.scaling,
+        )  # fmt: skip
+        self.alive = alive
+
+
+def _has_native_bf16(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies bf16 matrices itself: then PyTorch's products of many rows are faster."""
+    features = torch.cpu.get_capabilities()
+    return dtype == torch.bfloat16 and any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _padded_left(attention_mask: Any) -> bool:
+    if attention_mask is None:
+        return True
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return False
+    return bool((attention_mask[:, 1:] >= attention_mask[:, :-1]).all())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+def _signature(layers: nn.ModuleList, ln_f: nn.Module) -> list[int]:
+    """What changes when anything about the weights or modules does."""
+    seen = [ln_f.weight.data_ptr()]
+    for block in layers._modules.values():
+        for module in block.modules():
+            seen.append(id(module) ^ len(module._forward_hooks) ^ (len(module._forward_pre_hooks) << 8))
+            for tensors in (module._parameters, module._buffers):
+                seen.extend(tensor.data_ptr() for tensor in tensors.values() if tensor is not None)
+            seen.append("forward" in vars(module))
+    return seen
+
+
+def _is_known(block: nn.Module, dtype: torch.dtype, lanes: int) -> bool:
+    linears = [block.attn.c_attn, block.attn.c_proj, block.mlp.w1, block.mlp.w2, block.mlp.c_proj]
+    if any(_hooked(module) for module in block.modules()) or len({type(linear) for linear in linears}) > 1:
+        return False
+    widths = [block.attn.head_dim, *(linear.in_features for linear in linears)]
+    if any(width % (2 * lanes) for width in widths):  # whole vectors only
+        return False
+    if type(linears[0]) is nn.Linear:
+        return all(linear.weight.dtype == dtype and linear.weight.is_contiguous() for linear in linears)
+    return all(
+        type(linear) is Int4Linear
+        and linear.bits == 4
+        and linear.group_size % BLOCK == 0
+        and linear.out_features % INT4_ROWS == 0
+        for linear in linears
+    )
+
+
+def _float32(tensor: Tensor, alive: list[Tensor]) -> int:
+    """The address of a float32 copy, kept alive by the list."""
+    alive.append(tensor.detach().float().contiguous())
+    return alive[-1].data_ptr()
+
+
+def _describe(linear: nn.Module, alive: list[Tensor]) -> _Matrix:
+    bias = None if linear.bias is None else _float32(linear.bias, alive)
+    if isinstance(linear, Int4Linear):
+        words, scales = _side_by_side(linear.qweight), _side_by_side(linear.scales.float())
+        alive += [words, scales]
+        return _Matrix(words.data_ptr(), scales.data_ptr(), bias, INT4, linear.out_features, linear.in_features,
+                       linear.group_size)  # fmt: skip
+    weight = linear.weight.detach()
+    alive.append(weight)
+    return _Matrix(weight.data_ptr(), None, bias, KINDS[weight.dtype], linear.out_features, linear.in_features, 0)
+
+
+def _side_by_side(columns: Tensor) -> Tensor:
+    """(n, rows) to (rows / 8, n, 8): what 8 rows of a product read lies together."""
+    n, rows = columns.shape
+    return columns.view(n, rows // INT4_ROWS, INT4_ROWS).transpose(0, 1).contiguous()
