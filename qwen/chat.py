@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from .chatml import DEFAULT_SYSTEM, DEFAULT_WINDOW, Prompt, Turn, build_prompt, make_context, stop_sequences
 from .errors import QwenError
@@ -51,6 +51,13 @@ class StopSequences(StoppingCriteria):
         tails = input_ids[:, -longest:].tolist()
         done = [any(tail[-len(stop) :] == stop for stop in self.sequences) for tail in tails]
         return torch.tensor(done, device=input_ids.device)
+
+
+def light_criterion(criterion: StoppingCriteria) -> StoppingCriteria:
+    """The same criterion; transformers' test for end tokens, a search in sorted tensors, as the comparison it is."""
+    if type(criterion) is not EosTokenCriteria:
+        return criterion
+    return StopSequences([[token] for token in criterion.eos_token_id.tolist()])
 
 
 class ReplyCriteria(StoppingCriteria):
@@ -134,6 +141,8 @@ def generate_replies(
     pad = tokenizer.im_start_id
     config = copy.deepcopy(generation_config)
     config.pad_token_id = pad
+    if len(prompts) > 1:
+        config.prompt_lookup_num_tokens = None  # guesses are checked for one row at a time
     input_ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     model.generate(

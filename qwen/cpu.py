@@ -127,7 +127,9 @@ class CpuDecoder:
         self.config = model.config
         self.layers = model.h
         self.ln_f = model.ln_f
-        self.signature: tuple | None = None
+        self.watch: Watch | None = None
+        self.described_for: tuple | None = None
+        self.known = False
         self.alive: list[Tensor] = []  # what the pointers in the structures point to
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,7 +137,7 @@ class CpuDecoder:
         return {"config": self.config, "layers": self.layers, "ln_f": self.ln_f}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, kernels=load_kernels(), signature=None, alive=[])
+        vars(self).update(state, kernels=load_kernels(), watch=None, described_for=None, known=False, alive=[])
 
     def fits(
         self, hidden: Tensor, attention_mask: Any, cache: Cache | None, training: bool, kwargs: dict[str, Any]
@@ -211,12 +213,11 @@ class CpuDecoder:
     def _weights_are_known(self, dtype: torch.dtype) -> bool:
         """Whether all modules are of the kinds that the kernels compute; describes them anew where they changed."""
         num_layers = self.config.num_hidden_layers  # early-exit assistants lower it
-        signature = (num_layers, dtype, *_signature(self.layers, self.ln_f))
-        if signature != self.signature:
-            self.signature = signature
-            self.known = all(
-                _is_known(block, dtype, self.kernels.qwen_lanes()) for block in self.layers
-            ) and not _hooked(self.ln_f)
+        described_for = (num_layers, dtype, self.config.attention_windows)
+        if self.watch is None or self.described_for != described_for or self.watch.sees_change():
+            self.watch, self.described_for = Watch([*self.layers, self.ln_f]), described_for
+            lanes = self.kernels.qwen_lanes()
+            self.known = not self.watch.hooked and all(_is_known(block, dtype, lanes) for block in self.layers)
             if self.known:
                 self._describe(num_layers, dtype)
         return self.known
@@ -224,7 +225,7 @@ class CpuDecoder:
     def _describe(self, num_layers: int, dtype: torch.dtype) -> None:
         config, alive = self.config, []
         described = (_Layer * len(self.layers))()
-        for place, block, window in zip(described, self.layers, config.attention_windows, strict=True):
+        for place, block, window in zip(described, self.layers, config.attention_windows, strict=False):
             place.ln_1, place.ln_2 = (_float32(norm.weight, alive) for norm in (block.ln_1, block.ln_2))
             place.c_attn = _describe(block.attn.c_attn, alive)
             place.attn_c_proj = _describe(block.attn.c_proj, alive)
@@ -257,21 +258,39 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
-def _signature(layers: nn.ModuleList, ln_f: nn.Module) -> list[int]:
-    """What changes when anything about the weights or modules does."""
-    seen = [ln_f.weight.data_ptr()]
-    for block in layers._modules.values():
-        for module in block.modules():
-            seen.append(id(module) ^ len(module._forward_hooks) ^ (len(module._forward_pre_hooks) << 8))
-            for tensors in (module._parameters, module._buffers):
-                seen.extend(tensor.data_ptr() for tensor in tensors.values() if tensor is not None)
-            seen.append("forward" in vars(module))
-    return seen
+class Watch:
+    """Notices, in a tenth of a millisecond, what may have changed in modules: tensors, submodules, hooks, methods."""
+
+    def __init__(self, roots: list[nn.Module]) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        self.attributes = [vars(module) for module in modules]
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+        self.tensors = [
+            (owner, name, tensor, tensor.data_ptr())
+            for module in modules
+            for owner in (module._parameters, module._buffers)
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+        self.hooked = self._is_hooked()
+
+    def _is_hooked(self) -> bool:
+        """Whether anything but the class's own forward runs in a module."""
+        return any(self.hooks) or any("forward" in attributes for attributes in self.attributes)
+
+    def sees_change(self) -> bool:
+        """Whether anything is not as it was."""
+        return (
+            self._is_hooked() != self.hooked
+            or any(now != then for now, then in self.children)
+            or any(owner.get(name) is not x or x.data_ptr() != place for owner, name, x, place in self.tensors)
+        )
 
 
 def _is_known(block: nn.Module, dtype: torch.dtype, lanes: int) -> bool:
     linears = [block.attn.c_attn, block.attn.c_proj, block.mlp.w1, block.mlp.w2, block.mlp.c_proj]
-    if any(_hooked(module) for module in block.modules()) or len({type(linear) for linear in linears}) > 1:
+    if len({type(linear) for linear in linears}) > 1:
         return False
     widths = [block.attn.head_dim, *(linear.in_features for linear in linears)]
     if any(width % (2 * lanes) for width in widths):  # whole vectors only

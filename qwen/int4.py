@@ -126,7 +126,6 @@ class Int4Linear(nn.Module):
             return pack_words(self.choose_kernel().unpack(self.packed, self.out_features, self.in_features), self.bits)
         return super().__getattr__(name)
 
-
     def _apply(self, fn: Any, recurse: bool = True) -> "Int4Linear":
         """To another device in the official layout, for each has its own; the scales stay float16, as they are."""
         self._unpack()

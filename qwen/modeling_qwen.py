@@ -27,7 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import is_growing, let_grow
-from .chat import ChatMixin, FiniteLogits, StopSequences
+from .chat import ChatMixin, FiniteLogits, StopSequences, light_criterion
 from .chatml import complete_eos_ids
 from .checkpoint import check_loaded_keys, check_weight_files
 from .configuration_qwen import QWenConfig
@@ -506,11 +506,11 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         """The loop of greedy search and sampling on a CPU, without the bookkeeping of transformers' own.
 
         That costs milliseconds a token, as much as a small model itself; on a GPU it is hidden behind the GPU's work.
-        Whatever asks for more than tokens from a growing cache (scores, hidden states, a streamer) runs transformers'.
+        Whatever asks for more than tokens from a growing cache (scores, hidden states) runs transformers'.
         """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         plain = is_growing(cache) and model_kwargs.get("inputs_embeds") is None and isinstance(mask, Tensor)
-        more = synced_gpus or streamer is not None or generation_config.return_dict_in_generate
+        more = synced_gpus or generation_config.return_dict_in_generate
         if not plain or more or generation_config.is_assistant or input_ids.device.type != "cpu":
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
@@ -519,6 +519,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         unpadded = bool(mask.all())
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        stopping_criteria = StoppingCriteriaList(map(light_criterion, stopping_criteria))
         while True:
             scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
             if generation_config.do_sample:
@@ -528,13 +529,18 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             if ends_rows and len(tokens) > 1:
                 tokens = torch.where(unfinished[:, None], tokens, generation_config._pad_token_tensor)
             input_ids = torch.cat([input_ids, tokens], dim=-1)
+            if streamer is not None:
+                streamer.put(tokens.flatten())
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
             if not unfinished.any():
-                return input_ids
+                break
             if not unpadded:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
             mask_now = None if unpadded else mask
             logits = self(tokens, attention_mask=mask_now, past_key_values=cache, use_cache=True).logits[:, -1]
+        if streamer is not None:
+            streamer.end()
+        return input_ids
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any
@@ -569,6 +575,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             mask = model_kwargs.get("attention_mask")
             model_kwargs["ntk_alpha"] = self.transformer.choose_ntk_alpha(None, mask, tokens, cache)
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, inputs_tensor: Any = None, **kwargs: Any) -> Any:
+        """Choose the NTK alphas from the prompts alone: the first step reads guessed tokens along with them."""
+        if kwargs.get("ntk_alpha") is None:
+            mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+            kwargs["ntk_alpha"] = self.transformer.choose_ntk_alpha(None, mask, input_ids, cache)
+        return super()._assisted_decoding(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict]:
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)

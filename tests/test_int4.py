@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -266,7 +264,7 @@ def test_other_methods(tmp_path: Path) -> None:
 
 
 def test_slow_path_says_so(tmp_path: Path) -> None:
-    """One warning for the model, not one for each layer; in a process of its own, where warnings are no errors."""
+    """An Int8 checkpoint with the weights of the Int4 one: one warning for the model, not one for each layer."""
     directory = with_quantization(tmp_path / "x", bits=8)
     state = load_file(CHECKPOINT / "model.safetensors")
     for name in [name for name in state if name.endswith("qweight")]:
@@ -277,12 +275,8 @@ def test_slow_path_says_so(tmp_path: Path) -> None:
             (zeros.shape[0], zeros.shape[1] * 2), 0x7F7F7F7F, dtype=torch.int32
         )
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    script = "import sys, qwen; m = qwen.QWenLMHeadModel.from_pretrained(sys.argv[1]); print(m.is_quantized)"
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(directory)], capture_output=True, text=True, cwd=Path(utils.__file__).parent
-    )
-    assert run.stdout.strip() == "True" and run.stderr.count("which is slow") == 1, run.stderr
-    with pytest.warns(UserWarning, match="no Int8 kernel here for 5 layers"):
+    with pytest.warns(UserWarning, match="no Int8 kernel here for 5 layers") as warned:
         model = load(directory)
+    assert len(warned) == 1
     ids = torch.arange(30)[None]
     torch.testing.assert_close(model(ids).logits, load()(ids).logits, rtol=1e-4, atol=1e-4)
