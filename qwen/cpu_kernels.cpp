@@ -212,7 +212,11 @@ static inline void dot_tile(const T* w, size_t w_stride, const float* x, size_t 
     vec acc[RM][RN] = {};
     for (int k = 0; k < cols; k += 2 * W) {
         vec a[RM], b[RM];
-        for (int i = 0; i < RM; i++) load_two(w + i * w_stride + k, a[i], b[i]);
+        for (int i = 0; i < RM; i++) {
+            // The rows after these: short rows end before the processor has seen where they lead.
+            __builtin_prefetch(w + (i + RM) * w_stride + k);
+            load_two(w + i * w_stride + k, a[i], b[i]);
+        }
         for (int j = 0; j < RN; j++) {
             const vec xa = load(x + j * x_stride + k), xb = load(x + j * x_stride + k + W);
             for (int i = 0; i < RM; i++) acc[i][j] += a[i] * xa;
