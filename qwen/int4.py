@@ -92,9 +92,10 @@ class Int4Linear(nn.Module):
             numbers = self.choose_kernel().unpack(self.packed, self.out_features, self.in_features)
         else:
             numbers = unpack_words(self.qweight, self.bits)
-        # Below zero uint8 wraps around to the same octets as int8. The product is in the type of the scales.
+        # Below zero uint8 wraps around to the same octets as int8.
         numbers = numbers.sub_(2 ** (self.bits - 1)).view(torch.int8).view(-1, self.group_size, self.out_features)
-        return (numbers * self.scales[:, None].to(dtype)).view(self.in_features, self.out_features).T
+        weight = numbers.to(dtype).mul_(self.scales[:, None].to(dtype))  # (groups, G, out)
+        return weight.view(self.in_features, self.out_features).T
 
     def check(self, name: str) -> None:
         """QwenError if the tensors aren't symmetric, or are in act order, whatever config.json says."""
@@ -110,10 +111,11 @@ class Int4Linear(nn.Module):
     # ---- the kernel's layout in place of qweight ----
 
     def _pack(self, layout: "KernelLayout") -> None:
-        numbers = unpack_words(self.qweight, self.bits).T.contiguous()
         scales = self.scales.bfloat16()
         self.packed_scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1)
-        self.packed = layout.pack(numbers)
+        # Piece by piece: the conversion wants eight times the room of what it makes.
+        pieces = self.qweight.split(512, dim=1)
+        self.packed = torch.cat([layout.pack(unpack_words(piece, self.bits).T.contiguous()) for piece in pieces])
         self._buffers.pop("qweight", None)  # last, and where another thread was first already gone
 
     def _unpack(self) -> None:
@@ -290,6 +292,13 @@ def replace_linears(model: nn.Module, quantization: dict[str, Any], biases: set[
         model.set_submodule(name, new)
 
 
+def check_layers(model: nn.Module) -> None:
+    """QwenError if a loaded layer's tensors contradict config.json."""
+    for name, module in model.named_modules():
+        if isinstance(module, Int4Linear):
+            module.check(name)
+
+
 def describe_kernel(model: nn.Module) -> str:
     """For people: how a model is quantised and what computes it; empty where it is not quantised."""
     layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
@@ -327,9 +336,8 @@ class TorchGPTQ(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         slow = 0
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, Int4Linear):
-                module.check(name)
                 slow += module.choose_kernel() is None
         if slow:
             bits = self.quantization_config.bits

@@ -32,7 +32,7 @@ from .chatml import complete_eos_ids
 from .checkpoint import check_loaded_keys, check_weight_files
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
-from .int4 import TorchGPTQ  # noqa: F401 - importing it tells transformers how to load Int4 checkpoints
+from .int4 import check_layers  # importing it also tells transformers how to load Int4 checkpoints
 from .push_code import push_code_to
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
@@ -245,6 +245,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             package = ATTENTION_PACKAGES[attn]
             raise ImportError(f"{attn} needs the package {package}, on a CUDA GPU; sdpa needs nothing") from error
         check_loaded_keys(pretrained_model_name_or_path, info, accept_other_sizes)
+        check_layers(model)
         if model.can_generate():
             complete_eos_ids(model.generation_config)
             if quantize_cache or getattr(model.config, "use_cache_quantization", False):

@@ -151,12 +151,14 @@ def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_int4_directory_is_recognised(tmp_path: Path) -> None:
+    """One that PyTorch runs goes on to its tensors, here dense ones; one that it doesn't is refused at once."""
     save_tiny(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(QwenError, match=r"c_attn: a layer of 64 inputs .* into groups of 128"):
-        load_model_and_tokenizer(tmp_path, device="cpu")
+    for bits, message in ((4, r"lacks \d+ of the model's tensors"), (2, "is GPTQ with 2 bits, groups of 64")):
+        config["quantization_config"] = {"quant_method": "gptq", "bits": bits, "group_size": 64}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(QwenError, match=message):
+            load_model_and_tokenizer(tmp_path, device="cpu")
 
 
 def test_adapter_directory(tmp_path: Path) -> None:
