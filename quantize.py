@@ -7,6 +7,7 @@ run that was stopped goes on where it was when it is started again.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -277,7 +278,7 @@ def quantize_model(
             save_whole({k: t for k, t in block.state_dict().items() if not k.startswith("ln_")}, path)
         calibrating, quantised = run(block, calibrating, arguments), run(block, quantised, arguments)
         block.to("cpu", dtype)
-    return perplexity(model, dense, held_out), perplexity(model, quantised, held_out)
+    return perplexity(model, dense, held_out, device), perplexity(model, quantised, held_out, device)
 
 
 def block_arguments(model: QWenLMHeadModel, ids: Tensor, device: str) -> dict[str, Any]:
@@ -394,13 +395,13 @@ def replace(block: nn.Module, name: str, tensors: dict[str, Tensor], settings: d
 
 
 @torch.no_grad()
-def perplexity(model: QWenLMHeadModel, hidden: Tensor, ids: Tensor) -> float:
+def perplexity(model: QWenLMHeadModel, hidden: Tensor, ids: Tensor, device: str) -> float:
     """exp of the mean next-token loss, from the last block's outputs (N, T, C) for `ids` (N, T)."""
+    # Copies in float32: many processors multiply bf16 slowly.
+    norm, head = (copy.deepcopy(module).to(device, torch.float32) for module in (model.transformer.ln_f, model.lm_head))
     total = 0.0
-    for x, targets in zip(hidden, ids, strict=True):
-        normed = model.transformer.ln_f(x.to(model.lm_head.weight.dtype))
-        logits = model.lm_head(normed[:-1]).float()
-        total += nn.functional.cross_entropy(logits, targets[1:]).item()
+    for x, targets in zip(hidden.to(device), ids.to(device), strict=True):
+        total += nn.functional.cross_entropy(head(norm(x[:-1])), targets[1:]).item()
     return math.exp(total / len(ids))
 
 
