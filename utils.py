@@ -22,6 +22,7 @@ from hub import HUBS, fetch_checkpoint
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.checkpoint import check_architecture, read_json
 from qwen.configuration_qwen import torch_reads
+from qwen.cpu import cpu_computes_bf16
 from qwen.errors import first_line
 from qwen.int4 import check_quantization, describe_kernel, replace_linears
 from qwen.tokenization_qwen import VOCAB_FILE
@@ -258,8 +259,7 @@ def computes_bf16(device: str) -> bool:
     if kind == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     if kind == "cpu":
-        features = torch.cpu.get_capabilities()
-        return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM
+        return cpu_computes_bf16()
     return True
 
 

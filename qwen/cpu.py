@@ -240,10 +240,15 @@ class CpuDecoder:
         self.alive = alive
 
 
-def _has_native_bf16(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies bf16 matrices itself: then PyTorch's products of many rows are faster."""
+def cpu_computes_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself, rather than by way of float32."""
     features = torch.cpu.get_capabilities()
-    return dtype == torch.bfloat16 and any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM
+
+
+def _has_native_bf16(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own products of many rows are the faster ones."""
+    return dtype == torch.bfloat16 and cpu_computes_bf16()
 
 
 def _padded_left(attention_mask: Any) -> bool:

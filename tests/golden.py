@@ -59,3 +59,14 @@ def left_pad(rows: list[torch.Tensor], pad: int = 0) -> tuple[torch.Tensor, torc
     ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=pad) for row in rows])
     mask = torch.cat([torch.arange(width)[None] >= width - row.shape[1] for row in rows]).long()
     return ids, mask
+
+
+def hidden_by_steps(model: QWenLMHeadModel, prompt: int, steps: int) -> torch.Tensor:
+    """The decoder's outputs (prompt + steps, C): a prefill of `prompt` tokens, then single tokens with its cache."""
+    sequence = ids(prompt + steps, 1)
+    out = model.transformer(sequence[:, :prompt], use_cache=True)
+    hidden = [out.last_hidden_state]
+    for i in range(prompt, prompt + steps):
+        out = model.transformer(sequence[:, i : i + 1], past_key_values=out.past_key_values)
+        hidden.append(out.last_hidden_state)
+    return torch.cat(hidden, dim=1)[0]

@@ -49,13 +49,7 @@ def test_whole_prompts(ntk: bool, logn: bool) -> None:
 @torch.no_grad()
 def test_prompt_and_single_steps(attn: str, prompt: int, steps: int) -> None:
     model = golden.model(attn)
-    ids = golden.ids(prompt + steps, 1)
-    out = model.transformer(ids[:, :prompt], use_cache=True)
-    hidden = [out.last_hidden_state]
-    for i in range(prompt, prompt + steps):
-        out = model.transformer(ids[:, i : i + 1], past_key_values=out.past_key_values)
-        hidden.append(out.last_hidden_state)
-    assert difference(torch.cat(hidden, dim=1)[0], f"step_P{prompt}_S{steps}_hidden") < TOLERANCE
+    assert difference(golden.hidden_by_steps(model, prompt, steps), f"step_P{prompt}_S{steps}_hidden") < TOLERANCE
 
 
 @torch.no_grad()
