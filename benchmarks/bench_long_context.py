@@ -115,7 +115,7 @@ class Figures(dict[str, dict[str, float]]):
         """Markdown, rows as measured; a dash for what is not measured yet."""
         lines = [f"| {title} | " + " | ".join(map(str, lengths)) + " |", "|---" * (len(lengths) + 1) + "|"]
         for row, values in self.items():
-            cells = [f"{values[str(n)]:.2f}" if str(n) in values else "–" for n in lengths]
+            cells = [f"{values[str(n)]:.4g}" if str(n) in values else "–" for n in lengths]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <omp.h>
 #include <thread>
+#include <utility>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -78,6 +79,24 @@ static inline void load_two(const bf16* p, vec& even, vec& odd) {
 static inline void split_pairs(const float* x, int size, float* out) {
     for (int i = 0; i < size; i += 2 * W)
         for (int j = 0; j < W; j++) out[i + j] = x[i + 2 * j], out[i + W + j] = x[i + 2 * j + 1];
+}
+
+template <int from, int... I>
+static inline vec zip(vec a, vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (from + I / 2 + I % 2 * W)...);
+}
+
+// W rows of W become columns: each pass shuffles them like two halves of a pack of cards.
+static inline void transpose(vec (&rows)[W]) {
+    constexpr std::make_integer_sequence<int, W> lanes;
+    for (int pass = 1; pass < W; pass *= 2) {
+        vec next[W];
+        for (int i = 0; i < W / 2; i++) {
+            next[2 * i] = zip<0>(rows[i], rows[i + W / 2], lanes);
+            next[2 * i + 1] = zip<W / 2>(rows[i], rows[i + W / 2], lanes);
+        }
+        memcpy(rows, next, sizeof next);
+    }
 }
 
 static inline vec exp(vec x) {  // e^x to about 1e-7: x = n ln 2 + r, a polynomial in r, n into the exponent bits
@@ -159,6 +178,7 @@ constexpr int TOKENS = 64;       // tokens worked on at once in integers
 struct Activations {
     std::vector<float> values;
     std::vector<float> split;    // the same for few tokens and bfloat16 weights, see `split_pairs`
+    std::vector<float> blocks;   // the same for many tokens: DEPTH columns of all tokens, then the next ones
     std::vector<int8_t> q;       // (cols / BLOCK, T, BLOCK), in the order in which a word of weights is unpacked
     std::vector<float> scale;    // (cols / BLOCK, T)
     std::vector<float> sums;     // (cols / BLOCK, T): 8 * scale * sum of q, what the weights' zero point adds
@@ -167,6 +187,7 @@ struct Activations {
     void resize(int tokens, int columns, Kind kind) {
         T = tokens, cols = columns;
         values.resize((size_t)T * cols);
+        if (kind != INT4 && T >= MANY) blocks.resize(values.size());
         if (kind == BFLOAT16 && T < MANY) split.resize(values.size());
         if (kind != INT4) return;
         q.resize((size_t)T * cols);
@@ -176,8 +197,16 @@ struct Activations {
 
     // Called when row t of `values` is there, before products with weights of this kind.
     void convert(int t, Kind kind) {
-        if (kind == BFLOAT16 && T < MANY) split_pairs(&values[(size_t)t * cols], cols, &split[(size_t)t * cols]);
-        if (kind == INT4) quantize(t);
+        const float* x = &values[(size_t)t * cols];
+        if (kind == INT4)
+            quantize(t);
+        else if (T >= MANY)
+            for (int k = 0; k < cols; k += DEPTH) {
+                const int depth = std::min(DEPTH, cols - k);
+                memcpy(&blocks[(size_t)k * T + (size_t)t * depth], x + k, depth * sizeof(float));
+            }
+        else if (kind == BFLOAT16)
+            split_pairs(x, cols, &split[(size_t)t * cols]);
     }
 
     void quantize(int t) {
@@ -250,25 +279,60 @@ static inline void dot_all(const T* w, size_t w_stride, int rows, const float* x
         dot_rows<1>(w + r * w_stride, w_stride, x, x_stride, tokens, cols, [&](int, int t, float v) { out(r, t, v); });
 }
 
-// N tokens by one panel (depth, PANEL) of W: y[t][0..PANEL) += sum over k of x[t][k] * panel[k].
+// A panel (depth, PANEL) of `count` rows of W; what is missing of PANEL rows is zero.
+template <class T>
+static void fill_panel(const T* w, size_t stride, int count, int depth, float* panel) {
+    for (int r = 0; r < PANEL; r += W)
+        for (int k = 0; k < depth; k += W) {
+            vec rows[W];
+            for (int i = 0; i < W; i++) rows[i] = r + i < count ? load(w + (r + i) * stride + k) : vec{};
+            transpose(rows);
+            for (int i = 0; i < W; i++) store(panel + (k + i) * PANEL + r, rows[i]);
+        }
+}
+
+// N tokens x (N, depth) by one panel (depth, PANEL) of W are added to y (N, PANEL).
 template <int N>
-static inline void panel_tile(const float* panel, int depth, const float* x, size_t x_stride, float* y, size_t y_stride,
-                              int rows) {
+static inline void panel_tile(const float* panel, int depth, const float* x, float* y) {
     vec acc[N][2] = {};
     for (int k = 0; k < depth; k++) {
+        __builtin_prefetch(x + N * (depth + k));  // the next tokens
         const vec a = load(panel + k * PANEL), b = load(panel + k * PANEL + W);
         for (int t = 0; t < N; t++) {
-            const float value = x[t * x_stride + k];
+            const float value = x[t * depth + k];
             acc[t][0] += a * value, acc[t][1] += b * value;
         }
     }
-    for (int t = 0; t < N; t++) {
-        float* out = y + t * y_stride;
-        if (rows == PANEL)
-            store(out, load(out) + acc[t][0]), store(out + W, load(out + W) + acc[t][1]);
-        else
-            for (int r = 0; r < rows; r++) out[r] += acc[t][r / W][r % W];
+    for (int t = 0; t < N; t++, y += PANEL) store(y, load(y) + acc[t][0]), store(y + W, load(y + W) + acc[t][1]);
+}
+
+// All tokens by one panel, TILE at a time, and what is left over at once.
+template <int N = TILE>
+static void panel_tokens(const float* panel, int depth, const float* x, int tokens, float* y) {
+    for (; tokens >= N; tokens -= N, x += N * depth, y += N * PANEL) panel_tile<N>(panel, depth, x, y);
+    if constexpr (N > 1) panel_tokens<N - 1>(panel, depth, x, tokens, y);
+}
+
+// y[t][r] += W[r] . x[t] for rows [from, to) of a dense W and many tokens.
+template <class T>
+static void panel_rows(const Matrix& m, int from, int to, const Activations& x, float* y) {
+    const T* w = (const T*)m.weight;
+    alignas(64) static thread_local float panel[PANEL * DEPTH];
+    static thread_local std::vector<float> sums;  // (panels, T, PANEL), side by side: the rows of y are far apart
+    const size_t size = (size_t)x.T * PANEL;
+    sums.assign((to - from + PANEL - 1) / PANEL * size, 0.0f);
+    for (int k = 0; k < m.cols; k += DEPTH) {
+        const int depth = std::min(DEPTH, m.cols - k);
+        float* sum = sums.data();
+        for (int r = from; r < to; r += PANEL, sum += size) {
+            fill_panel(w + (size_t)r * m.cols + k, m.cols, std::min(PANEL, to - r), depth, panel);
+            panel_tokens(panel, depth, &x.blocks[(size_t)k * x.T], x.T, sum);
+        }
     }
+    const float* sum = sums.data();
+    for (int r = from; r < to; r += PANEL)
+        for (int t = 0; t < x.T; t++, sum += PANEL)
+            for (int i = 0; i < std::min(PANEL, to - r); i++) y[(size_t)t * m.rows + r + i] += sum[i];
 }
 
 // y[t][r] (+)= W[r] . x[t] for rows [from, to) of a dense W.
@@ -285,24 +349,9 @@ static void dense_rows(const Matrix& m, int from, int to, const Activations& x, 
         const float* values = m.kind == BFLOAT16 ? x.split.data() : x.values.data();
         dot_all(w + from * cols, cols, to - from, values, cols, x.T, m.cols,
                 [&](int r, int t, float v) { y[t * rows + from + r] += v; });
-        return;
+    } else {
+        panel_rows<T>(m, from, to, x, y);
     }
-    alignas(64) static thread_local float panel[PANEL * DEPTH];
-    for (int r0 = from; r0 < to; r0 += PANEL)
-        for (int k0 = 0; k0 < m.cols; k0 += DEPTH) {
-            const int count = std::min(PANEL, to - r0), depth = std::min(DEPTH, m.cols - k0);
-            for (int r = 0; r < count; r++)
-                for (int k = 0; k < depth; k += W) {
-                    const vec v = load(w + (r0 + r) * cols + k0 + k);
-                    for (int i = 0; i < W; i++) panel[(k + i) * PANEL + r] = v[i];
-                }
-            const float* values = &x.values[k0];
-            float* out = y + r0;
-            int t = 0;
-            for (; t + TILE <= x.T; t += TILE)
-                panel_tile<TILE>(panel, depth, values + t * cols, cols, out + t * rows, rows, count);
-            for (; t < x.T; t++) panel_tile<1>(panel, depth, values + t * cols, cols, out + t * rows, rows, count);
-        }
 }
 
 // Dot products of 8 rows with 32 columns: 4 words of weights a row against 32 activations in 8-bit integers.
@@ -386,8 +435,9 @@ static void matmul_rows(const Matrix& m, int from, int to, const Activations& x,
     dense_rows<float>(m, from, to, x, y, add);
 }
 
-// Rows of W that a thread takes at a time: several shares for each, so that none waits long for a slower one.
-static int share(int rows, const Team& team) { return std::clamp(rows / (8 * team.threads) / 16 * 16, 16, 256); }
+// Rows of W that a thread takes at a time: several shares for each, so that none waits long for a slower one; not more
+// than leave room in its second-level cache, beside their sums, for a block of the activations.
+static int share(int rows, const Team& team) { return std::clamp(rows / (8 * team.threads) / 16 * 16, 16, 128); }
 
 // Called by all threads.
 static void matmul(Team& team, const Matrix& m, const Activations& x, float* y, bool add) {

@@ -1,5 +1,6 @@
 """What several test files need: the tokenizer of the real vocabulary, and the demo checkpoint."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,13 @@ import pytest
 import golden
 from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_works() -> None:
+    """A shell that starts the tests in the background makes them, and what they start, deaf to SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
