@@ -22,7 +22,7 @@ from hub import HUBS, fetch_checkpoint
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.checkpoint import check_architecture, read_json
 from qwen.configuration_qwen import torch_reads
-from qwen.cpu import cpu_computes_bf16
+from qwen.cpu import cpu_computes_bf16, load_kernels
 from qwen.errors import first_line
 from qwen.int4 import check_quantization, describe_kernel, replace_linears
 from qwen.tokenization_qwen import VOCAB_FILE
@@ -56,6 +56,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--attn", default="sdpa", choices=["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
         help="attention implementation (default: %(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true", help="one GPU: compile the steps first (a minute or two), for faster replies"
+    )
     group.add_argument("--hub", default=HUBS[0], choices=HUBS, help="where hub names are looked up")
     group.add_argument("--revision", help="branch, tag or commit of a hub checkpoint")
 
@@ -66,7 +69,7 @@ def load_from_args(args: argparse.Namespace) -> tuple[QWenLMHeadModel, QWenToken
         raise QwenError("--cpu-only contradicts --device and --num-gpus: leave one of them out")
     if args.tp and (args.num_gpus or args.device != "auto"):
         raise QwenError("--tp chooses the devices itself: leave --num-gpus and --device out")
-    return load_model_and_tokenizer(
+    model, tokenizer = load_model_and_tokenizer(
         args.checkpoint_path,
         device="cpu" if args.cpu_only else args.device,
         dtype=args.dtype,
@@ -76,6 +79,19 @@ def load_from_args(args: argparse.Namespace) -> tuple[QWenLMHeadModel, QWenToken
         num_gpus=args.num_gpus,
         tp=args.tp,
     )
+    if args.compile:
+        compile_for_gpu(model)
+    return model, tokenizer
+
+
+def compile_for_gpu(model: QWenLMHeadModel) -> None:
+    """`model.compile_replies()`; QwenError where the model is not on one GPU, whole and without an adapter."""
+    where = describe_placement(model)
+    if not isinstance(model, QWenLMHeadModel):
+        raise QwenError(f"--compile takes a plain model on one GPU, not an adapter or slices ({where}): leave it out")
+    if model.device.type != "cuda" or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise QwenError(f"--compile is for a model on one NVIDIA GPU, and this one is {where}: leave it out")
+    model.compile_replies()
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
@@ -116,7 +132,7 @@ def load_model_and_tokenizer(
     Args:
         path: a directory, a hub name, a PEFT adapter directory, or `demo`.
         device: "auto" takes one GPU if the weights fit, else all of them, else the CPU.
-        dtype: "auto" is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU.
+        dtype: "auto" is the best of the device, see `choose_dtype`.
         attn: one of transformers' attention implementations.
         num_gpus: spread the layers over that many GPUs, see `gpu_device_map`.
         tp: cut every layer into so many slices, one for each process that torchrun has started. Returns in the first
@@ -143,7 +159,7 @@ def load_model_and_tokenizer(
         dtype = choose_dtype("cuda", dtype)
     else:
         device = choose_device(device)
-        dtype = choose_dtype(device, dtype)
+        dtype = choose_dtype(device, dtype, plain=tp is None)
         placement = place_on_gpus(config, dtype) if device == "cuda" and tp is None else {"": device}
     try:
         if tp is not None:
@@ -218,6 +234,7 @@ def _load_adapter(
     base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise QwenError(f"{directory / 'adapter_config.json'} names no base model: set base_model_name_or_path in it")
+    dtype = choose_dtype("cuda" if num_gpus else choose_device(device), dtype, plain=False)
     try:
         model, tokenizer = load_model_and_tokenizer(base, device, dtype, attn, hub, num_gpus=num_gpus)
     except QwenError as error:
@@ -263,17 +280,22 @@ def computes_bf16(device: str) -> bool:
     return True
 
 
-def choose_dtype(device: str, dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """The given precision, or the best of the device: bf16 where it is native, else fp16 on a GPU, fp32 on a CPU."""
+def choose_dtype(device: str, dtype: str | torch.dtype = "auto", plain: bool = True) -> torch.dtype:
+    """The given precision, or the best of the device.
+
+    That is bf16 where it is native; else fp16 on a GPU. On a CPU the compiled kernels (qwen/cpu.py) read bf16 faster
+    than fp32; what they don't know, a model that is not `plain` (adapters, slices), is far faster in fp32.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype in DTYPES:
         return DTYPES[dtype]
     if dtype != "auto":
         raise QwenError(f"--dtype {dtype} is unknown: choose auto, {', '.join(DTYPES)}")
-    if computes_bf16(device):
+    on_cpu = device.split(":")[0] == "cpu"
+    if computes_bf16(device) or (on_cpu and plain and load_kernels()):
         return torch.bfloat16
-    return torch.float32 if device.split(":")[0] == "cpu" else torch.float16
+    return torch.float32 if on_cpu else torch.float16
 
 
 def weight_bytes(config: QWenConfig, dtype: torch.dtype) -> int:
@@ -337,5 +359,6 @@ def describe_placement(model: QWenLMHeadModel) -> str:
     if isinstance(model, ParallelQWen):
         places = f"{dist.get_world_size()} processes ({model.device.type})"
     parts = [f"{DTYPE_NAMES.get(model.dtype, model.dtype)} on {places}",
-             f"{model.config._attn_implementation} attention", describe_kernel(model)]  # fmt: skip
+             f"{model.config._attn_implementation} attention", describe_kernel(model),
+             "compiled" if getattr(model, "compiled", None) else ""]  # fmt: skip
     return ", ".join(part for part in parts if part)

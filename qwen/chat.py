@@ -143,6 +143,8 @@ def generate_replies(
     config.pad_token_id = pad
     if len(prompts) > 1:
         config.prompt_lookup_num_tokens = None  # guesses are checked for one row at a time
+    if config.prompt_lookup_num_tokens:
+        config.cache_implementation = None  # wrong guesses are taken back, which a static cache can't
     input_ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     model.generate(

@@ -323,6 +323,8 @@ class TorchGPTQConfig(QuantizationConfigMixin):
 class TorchGPTQ(HfQuantizer):
     """Tells transformers' `from_pretrained` how to load a GPTQ checkpoint without any GPTQ package."""
 
+    is_compileable = True
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:

@@ -10,11 +10,12 @@ prompts longer than the training length, logn scales late queries, and window at
 import math
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
@@ -30,6 +31,7 @@ from .cache import is_growing, let_grow
 from .chat import ChatMixin, FiniteLogits, StopSequences, light_criterion
 from .chatml import complete_eos_ids
 from .checkpoint import check_loaded_keys, check_weight_files
+from .compiled import CompiledReplies, warm_up
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
 from .int4 import check_layers  # importing it also tells transformers how to load Int4 checkpoints
@@ -438,6 +440,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # transformers would derive it from a class name in its own style
+        self.compiled: CompiledReplies | None = None  # set by `compile_replies`
         self.post_init()
 
     @can_return_tuple
@@ -489,6 +492,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         kernels = load_kernels()
         self.transformer.cpu_decoder = None if kernels is None else CpuDecoder(kernels, self.transformer)
         return kernels is not None
+
+    def compile_replies(self, compile_config: CompileConfig | None = None, show_progress: bool = True) -> None:
+        """Compile the steps of `generate` for a GPU, and warm them up (see compiled.py); for one reply at a time."""
+        self.generation_config.cache_implementation = "static"
+        self.generation_config.compile_config = compile_config
+        self.compiled = CompiledReplies()
+        warm_up(self, show_progress)
 
     # ---- generation: where transformers' `generate` has to know about Qwen ----
 
@@ -549,6 +559,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         let_grow(model_kwargs.get("past_key_values"), len(self.transformer.h))
 
+    def _prepare_static_cache(self, **kwargs: Any) -> Cache:
+        make = super()._prepare_static_cache
+        if self.compiled is None:
+            return make(**kwargs)
+        rows, tokens = kwargs["batch_size"], kwargs["max_cache_len"]
+        return self.compiled.cache_for(rows, tokens, lambda room: make(**{**kwargs, "max_cache_len": room}))
+
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -564,7 +581,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             stop_words_ids = getattr(generation_config or self.generation_config, "stop_words_ids", None)
         if stop_words_ids:
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopSequences(stop_words_ids)])
-        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs)
+        generate = partial(
+            super().generate, inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
+        )
+        return generate() if self.compiled is None else self.compiled.run(generate)
 
     def _prefill(
         self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any

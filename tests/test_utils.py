@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import golden
 import utils
 from qwen import QWenConfig, QwenError, QWenTokenizer
+from qwen.cpu import load_kernels
 from utils import choose_device, choose_dtype, gpu_device_map, load_from_args, load_model_and_tokenizer
 
 
@@ -88,7 +89,10 @@ def test_spread_over_the_gpus_that_are_here(tmp_path: Path) -> None:
 def test_precision_is_the_devices_best_and_can_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
     native = {"cuda": False, "cpu": False}
     monkeypatch.setattr(utils, "computes_bf16", lambda device: native[device.split(":")[0]])
-    assert choose_dtype("cuda:1") == torch.float16 and choose_dtype("cpu") == torch.float32
+    assert choose_dtype("cuda:1") == torch.float16 and choose_dtype("cpu", plain=False) == torch.float32
+    assert choose_dtype("cpu") == (torch.bfloat16 if load_kernels() else torch.float32)
+    monkeypatch.setattr(utils, "load_kernels", lambda: None)
+    assert choose_dtype("cpu") == torch.float32
     native |= {"cuda": True, "cpu": True}
     assert choose_dtype("cuda") == choose_dtype("cpu") == torch.bfloat16
     assert choose_dtype("cpu", "fp16") == torch.float16 and choose_dtype("cuda", torch.float32) == torch.float32
