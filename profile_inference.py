@@ -10,7 +10,6 @@ Every row is a fresh process, several times over, and rows take turns; tables sh
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,10 +20,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from demo_checkpoint import demo_checkpoint_dir
 from profiling.ceilings import measure_ceilings
 from profiling.costs import ROWS
-from profiling.measure import measure_model, random_ids
+from profiling.measure import describe_device, measure_model, random_ids
 from profiling.peers import (
     PEERS,
     as_qwen2,
@@ -38,6 +36,7 @@ from profiling.random_weights import SUFFIXES, ensure_random_checkpoint
 from profiling.report import OURS, pair_ratios, render, summarize
 from qwen import QWenConfig, QwenError
 from qwen.modeling_qwen import INT8_CACHE
+from qwen.paths import replacing, user_cache_dir
 from utils import (
     DEFAULT_CHECKPOINT,
     DTYPES,
@@ -75,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output", type=Path, metavar="FILE", help="also write everything to this JSON file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.work_dir = args.work_dir or demo_checkpoint_dir().parent / "profile"
+    args.work_dir = args.work_dir or user_cache_dir() / "profile"
     args.rows, args.peer = list(dict.fromkeys(args.rows)), list(dict.fromkeys(args.peer))
     args.lengths = sorted(set(args.lengths))
     return args
@@ -236,17 +235,8 @@ def run_jobs(jobs: list[dict[str, Any]], args: argparse.Namespace, record: dict[
 def save(record: dict[str, Any], path: Path | None) -> None:
     """Write the JSON file whole or not at all."""
     if path is not None:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-
-
-def describe_machine(plan: dict[str, Any]) -> str:
-    """Processor or GPU, and threads."""
-    if plan["device"].startswith("cuda"):
-        return torch.cuda.get_device_name(plan["device"])
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+        with replacing(path) as draft:
+            draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -259,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     configs = {row: load_config(find_checkpoint(path, args.hub, args.revision)) for row, path in checkpoints.items()}
     plan = make_plan(args, configs)
     record: dict[str, Any] = {
-        "checkpoints": checkpoints, "machine": describe_machine(plan), "plan": plan, "ceilings": {}, "runs": [],
+        "checkpoints": checkpoints, "machine": describe_device(plan["device"]), "plan": plan,
+        "ceilings": {}, "runs": [],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip
     finished = run_jobs(list(list_jobs(args, plan, checkpoints)), args, record)

@@ -29,6 +29,7 @@ from qwen.chatml import encode_messages
 from qwen.checkpoint import check_architecture, list_weight_files
 from qwen.gptq import quantize_weight
 from qwen.int4 import Int4Linear, group_index, pack_words
+from qwen.paths import replacing
 from utils import (
     DTYPE_NAMES,
     add_model_arguments,
@@ -275,7 +276,9 @@ def quantize_model(
                     replace(block, name, own, settings)
         else:
             quantize_block(block, calibrating, arguments, settings, name=f"layer {i}")
-            save_whole({k: t for k, t in block.state_dict().items() if not k.startswith("ln_")}, path)
+            tensors = {k: t.cpu().contiguous() for k, t in block.state_dict().items() if not k.startswith("ln_")}
+            with replacing(path) as draft:
+                save_file(tensors, draft)
         calibrating, quantised = run(block, calibrating, arguments), run(block, quantised, arguments)
         block.to("cpu", dtype)
     return perplexity(model, dense, held_out, device), perplexity(model, quantised, held_out, device)
@@ -426,13 +429,6 @@ def open_partial(output: Path, settings: dict[str, Any]) -> Path:
     return partial
 
 
-def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a file that is there whole or not at all."""
-    unfinished = path.with_suffix(".writing")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
-    os.replace(unfinished, path)
-
-
 def write_checkpoint(
     model: QWenLMHeadModel, tokenizer: QWenTokenizer, settings: dict[str, Any], partial: Path, output: Path
 ) -> None:
@@ -450,6 +446,8 @@ def write_checkpoint(
     shutil.rmtree(made, ignore_errors=True)
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)
+    for path in made.iterdir():
+        shutil.copymode(partial / "settings.json", path)  # safetensors lets only their owner read what it writes
     if output.exists():
         output.rmdir()  # empty: Windows won't replace it
     os.replace(made, output)

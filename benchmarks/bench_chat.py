@@ -7,7 +7,6 @@ Every row is a fresh process, several times over; the table shows medians and is
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from profiling.measure import describe_device, peak_bytes  # noqa: E402
 from qwen.chatml import make_context  # noqa: E402
-from utils import DTYPES, describe_placement, load_model_and_tokenizer, run_script  # noqa: E402
+from utils import DTYPES, choose_device, describe_placement, load_model_and_tokenizer, run_script  # noqa: E402
 
 QUERY = "Write a long story about a lighthouse keeper who finds a message in a bottle."
 PADDING = "The sea was calm that evening, and the light turned slowly over the water. "
@@ -47,16 +47,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def peak_bytes() -> int:
-    """The most memory this process has taken: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def measure(args: argparse.Namespace) -> dict[str, float | str]:
     """One process's figures for one precision: a streamed reply, as a user sees it, after a short one to warm up."""
     start = time.perf_counter()
@@ -80,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, float | str]:
         "first_token_s": first_token_s,
         "prefill_tps": last.prompt_tokens / first_token_s,
         "decode_tps": decoded / (last_s - first_token_s),
-        "peak_gib": peak_bytes() / 2**30,
+        "peak_gib": peak_bytes(model.device) / 2**30,
         "prompt_tokens": last.prompt_tokens,
         "placement": describe_placement(model),
     }
@@ -96,11 +86,6 @@ def run_worker(dtype: str, args: argparse.Namespace) -> dict[str, float | str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def cpu_name() -> str:
-    """The processor's own name, as the system gives it."""
-    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.worker:
@@ -111,11 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in tqdm([dtype for _ in range(args.runs) for dtype in args.dtypes], unit="run"):
         runs[dtype].append(run_worker(dtype, args))
 
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    )
+    device = describe_device(choose_device(args.device))
     print(f"{args.checkpoint_path} on {device}; prompt {runs[args.dtypes[0]][0]['prompt_tokens']} tokens, "
           f"reply {args.new_tokens}; torch {torch.__version__}, median of {args.runs} processes\n")  # fmt: skip
     print("| precision | " + " | ".join(title for _, title, _ in COLUMNS) + " |")

@@ -26,7 +26,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from bench_chat import peak_bytes  # noqa: E402
+from profiling.measure import peak_bytes  # noqa: E402
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer  # noqa: E402
 from qwen.modeling_qwen import dynamic_ntk_alpha  # noqa: E402
 from utils import DTYPES, find_checkpoint, load_config, load_model_and_tokenizer, run_script  # noqa: E402
@@ -115,7 +115,7 @@ class Figures(dict[str, dict[str, float]]):
         """Markdown, rows as measured; a dash for what is not measured yet."""
         lines = [f"| {title} | " + " | ".join(map(str, lengths)) + " |", "|---" * (len(lengths) + 1) + "|"]
         for row, values in self.items():
-            cells = [f"{values[str(n)]:.4g}" if str(n) in values else "–" for n in lengths]
+            cells = [f"{values[str(n)]:#.4g}" if str(n) in values else "–" for n in lengths]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -201,8 +201,8 @@ def measure_one_prefill(args: argparse.Namespace, length: int, chunk: int) -> di
     settings = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 1, "pad_token_id": 0}
     model.generate(ids[:, :32], attention_mask=torch.ones_like(ids[:, :32]), **settings)  # to warm up
     start = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), prefill_chunk_size=chunk or None, **settings)
-    return {"seconds": time.perf_counter() - start, "gib": peak_bytes() / 2**30}
+    model.generate(ids, attention_mask=torch.ones_like(ids), prefill_chunk_size=chunk or length, **settings)
+    return {"seconds": time.perf_counter() - start, "gib": peak_bytes(model.device) / 2**30}
 
 
 def measure_prefill(args: argparse.Namespace, figures: Figures) -> None:

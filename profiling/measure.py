@@ -1,5 +1,6 @@
 """Measure one row in this process: prefill, decoding and peak memory, through `model.generate` as users call it."""
 
+import platform
 import sys
 import time
 from contextlib import suppress
@@ -84,6 +85,14 @@ def measure_model(model: Any, plan: dict[str, Any], settings: dict[str, Any]) ->
         result["lengths"][str(length)] = {"first_s": run["first_s"], "rest_s": run["rest_s"]}
         result["memory"][str(length)] = peak_bytes(model.device)
     return result
+
+
+def describe_device(device: str) -> str:
+    """A GPU by its name; a processor by its name and the threads at work."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def reset_peak(device: torch.device) -> None:

@@ -76,9 +76,10 @@ def _grown(buffer: Tensor, length: int, capacity: int) -> Tensor:
 
 def let_grow(cache: Cache | None, num_layers: int) -> None:
     """Give an empty DynamicCache growing layers; any other cache stays as it is."""
-    if type(cache) is DynamicCache and not cache.offloading and not any(layer.is_initialized for layer in cache.layers):
-        if not any(isinstance(layer, GrowingLayer) for layer in cache.layers):
-            cache.layers = [GrowingLayer() for _ in range(num_layers)]
+    if type(cache) is not DynamicCache or cache.offloading:
+        return
+    if not any(layer.is_initialized or isinstance(layer, GrowingLayer) for layer in cache.layers):
+        cache.layers = [GrowingLayer() for _ in range(num_layers)]
 
 
 def is_growing(cache: Cache | None) -> bool:

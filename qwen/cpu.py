@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .cache import is_growing
+from .errors import QwenError
 from .int4 import Int4Linear
+from .paths import user_cache_dir
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
@@ -69,12 +71,6 @@ class _Step(Structure):
 # ---- building ----
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: beside the demo checkpoint, in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qwen-7b" / "kernels"
-
-
 @cache
 def load_kernels() -> ctypes.CDLL | None:
     """The compiled kernels; None, with one warning that says why, where they can't be had."""
@@ -87,7 +83,7 @@ def load_kernels() -> ctypes.CDLL | None:
         return None
     try:
         kernels = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, QwenError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         warnings.warn(f"the CPU kernels don't compile here ({reason.strip().splitlines()[0]}): CPU replies use "
                       "PyTorch's operations, 2 to 4 times slower", stacklevel=3)  # fmt: skip
@@ -101,7 +97,7 @@ def _compiled(compiler: str) -> Path:
     """The shared library of the source for this processor, compiled if it is not there yet."""
     machine = f"{platform.machine()} {torch.cpu.get_capabilities()}"  # a home directory may serve several machines
     key = hashlib.sha256(f"{SOURCE.read_text()} {compiler} {FLAGS} {machine}".encode()).hexdigest()[:16]
-    library = cache_directory() / f"cpu-{key}.so"
+    library = user_cache_dir() / "kernels" / f"cpu-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:

@@ -256,6 +256,19 @@ def test_chunked_prefill_equals_whole_prefill(model: QWenLMHeadModel, length: in
         torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=0)
 
 
+def test_long_prompts_are_read_in_chunks_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded batch, prompts below and above the training length: the same tokens, no forward pass above a chunk."""
+    model = golden.model(local_attn=True)
+    kwargs = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    ids, mask = left_pad([golden.ids(40), golden.ids(110, 1)])
+    whole = model.generate(ids, attention_mask=mask, **kwargs)
+    lengths = []
+    model.transformer.wte.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    monkeypatch.setattr("qwen.modeling_qwen.PREFILL_CHUNK", 32)
+    assert model.generate(ids, attention_mask=mask, **kwargs).tolist() == whole.tolist()
+    assert lengths == [32, 32, 32, 14] + [1] * 9
+
+
 @torch.no_grad()
 def test_several_tokens_at_once_with_a_cache_are_causal(model: QWenLMHeadModel) -> None:
     ids = golden.ids(60)
