@@ -57,9 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max-queue", type=int, default=64, metavar="N", help="requests that wait; more get status 429"
     )
     limits.add_argument("--kv-cache-gib", type=float, metavar="GIB",
-                        help="memory for keys and values (default: half of what is free; 85%% on a GPU)")  # fmt: skip
+                        help="memory for keys and values (default: half of what is free, of a GPU 85%%)")  # fmt: skip
     limits.add_argument("--chunk", type=int, default=128, metavar="N",
-                        help="tokens of a prompt read between two steps of the others (default: %(default)s)")  # fmt: skip
+                        help="tokens of a prompt read between two steps of others (default: 128)")  # fmt: skip
     limits.add_argument("--max-new-tokens", type=int, default=2048, metavar="N",
                         help="longest reply where a request sets no limit (default: %(default)s)")  # fmt: skip
     limits.add_argument("--max-n", type=int, default=8, metavar="N", help="largest n (default: %(default)s)")
@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="for a request, waiting included"
     )
     limits.add_argument("--grace", type=float, default=30.0, metavar="SECONDS",
-                        help="for running replies to end after Ctrl-C; a second Ctrl-C ends them (default: %(default)s)")  # fmt: skip
+                        help="for running replies to end after Ctrl-C; a second one ends them")  # fmt: skip
     return parser.parse_args(argv)
 
 

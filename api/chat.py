@@ -64,7 +64,7 @@ def plan_chat(server: Server, body: ChatRequest) -> ChatPlan:
             server.sampling(body, top_logprobs, number),
             [*body.stops, *([STOP_WORD] if tools else [])],
             server.stop_ids,
-            make_constraint(server, body, forced, prefix),
+            make_constraint(server, body, tools, forced, prefix),
         )
         for number in range(body.n or 1)
     ]
@@ -93,10 +93,16 @@ def read_tools(body: ChatRequest) -> tuple[list[Tool], str]:
     return tools, choice
 
 
-def make_constraint(server: Server, body: ChatRequest, forced: Sequence[Tool], prefix: str) -> Constraint | None:
+def make_constraint(
+    server: Server, body: ChatRequest, tools: Sequence[Tool], forced: Sequence[Tool], prefix: str
+) -> Constraint | None:
     """The grammar that a reply is held to, if any."""
     if forced:
         return server.grammars.call(forced, prefix)
+    specs = body.functions or [spec.function for spec in body.tools or []]
+    strict = [tool.name for tool, spec in zip(tools, specs, strict=False) if spec.strict]
+    if strict:
+        return server.grammars.strict(tools, strict, prefix)
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None

@@ -1,5 +1,6 @@
 """Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}, whatever goes wrong."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,20 +71,29 @@ def drop_neutral(request: Any) -> Any:
     }
 
 
+def is_name(part: str | int) -> bool:
+    """Whether a part of a location is a parameter's, and not pydantic's word for one of the types it may have."""
+    if isinstance(part, int):
+        return True
+    return part.isidentifier() and part.islower() and part not in ("str", "int", "float", "bool", "none", "json")
+
+
 def locate(location: Sequence[str | int]) -> str:
     """A parameter's name as messages[0].content, of where pydantic found something wrong."""
     name = ""
-    for part in location[1:] if location[:1] == ("body",) else location:
+    for part in filter(is_name, location[1:] if location[:1] == ("body",) else location):
         if isinstance(part, int):
             name += f"[{part}]" if name else ""
-        elif part.isidentifier() and part.islower() and part not in ("str", "int", "float", "bool", "none", "json"):
+        else:
             name += f".{part}" if name else part
     return name
 
 
 def validation_error(errors: Sequence[dict[str, Any]]) -> ApiError:
     """The first thing that is wrong with a request, as a sentence that names the parameter."""
-    error = errors[0]
+    # Of the ways in which a value could have been meant, the one that led furthest is the likeliest.
+    place = tuple(itertools.takewhile(is_name, errors[0]["loc"]))
+    error = max((e for e in errors if e["loc"][: len(place)] == place), key=lambda e: len(e["loc"]))
     param = locate(error["loc"]) or None
     if error["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {error['ctx']['error']}")
@@ -91,7 +101,8 @@ def validation_error(errors: Sequence[dict[str, Any]]) -> ApiError:
         name = str(error["loc"][-1])
         if name in UNSUPPORTED and len(error["loc"]) <= 2:
             return ApiError(400, f"{name} is not supported: {UNSUPPORTED[name][1]}", name, "unsupported_parameter")
-        param = f"{param}.{name}" if param and not param.endswith(name) else name
+        parent = locate(error["loc"][:-1])
+        param = f"{parent}.{name}" if parent else name
         return ApiError(400, f"unrecognized request argument: {param}", param, "unknown_parameter")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":  # of several parameters: the message begins with one of them

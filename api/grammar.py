@@ -1,7 +1,9 @@
 """Replies that have to fit a JSON schema: llguidance says which tokens may come next."""
 
+import codecs
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from qwen import QwenError, QWenTokenizer
 from qwen.errors import first_line
-from qwen.react import ACTION, INPUT
+from qwen.react import ACTION, INPUT, ReactParser
 from qwen.tools import Tool
 
 ON_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -22,8 +24,8 @@ class Constraint:
     def __init__(self, matcher: Any) -> None:
         self.matcher = matcher
 
-    def allowed(self, device: torch.device, vocab_size: int) -> Tensor:
-        """Which tokens (V,) may come next."""
+    def allowed(self, device: torch.device, vocab_size: int) -> Tensor | None:
+        """Which tokens (V,) may come next; None is all."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         flags = np.unpackbits(bits, bitorder="little")[:vocab_size].astype(bool)
         mask = torch.zeros(vocab_size, dtype=torch.bool)
@@ -35,12 +37,39 @@ class Constraint:
             raise RuntimeError(f"the grammar does not take token {token}: {self.matcher.get_error()}")
 
 
+class StrictArguments(Constraint):
+    """Lets a reply go as it likes, until it calls a tool whose arguments are to fit their schema."""
+
+    def __init__(self, tokenizer: QWenTokenizer, parser: ReactParser, arguments: dict[str, Constraint]) -> None:
+        self.tokenizer, self.parser, self.arguments = tokenizer, parser, arguments
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.active: Constraint | None = None
+
+    def allowed(self, device: torch.device, vocab_size: int) -> Tensor | None:
+        return None if self.active is None else self.active.allowed(device, vocab_size)
+
+    def push(self, token: int) -> None:
+        if self.active is not None:
+            self.active.push(token)
+            return
+        value = self.tokenizer.decoder.get(token)
+        text = self.utf8.decode(value) if isinstance(value, bytes) else ""
+        for delta in self.parser.push(text):
+            if delta.name in self.arguments:
+                self.active = self.arguments[delta.name]
+                begun = text.rpartition(INPUT[-1])[2]  # what the token has brought beyond the label
+                for part in self.tokenizer.encode_text(begun):
+                    self.active.push(part)
+                return
+
+
 class Grammars:
     """Makes constraints for one tokenizer."""
 
     def __init__(self, tokenizer: QWenTokenizer, vocab_size: int) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._vocabulary: Any = None  # made at the first use: it takes a second
+        self._lock = threading.Lock()
 
     def json(self, schema: dict[str, Any]) -> Constraint:
         """A JSON value that fits the schema.
@@ -51,8 +80,8 @@ class Grammars:
         return self._constrain(f"start: %json {json.dumps(with_layout(schema))}")
 
     def call(self, tools: Sequence[Tool], after: str) -> Constraint:
-        """The call of one of the tools; `after` is what the reply begins with already: Action:, or all up to the input."""
-        rules = [f"args_{i}: %json {json.dumps(with_layout(object_schema(tool)))}" for i, tool in enumerate(tools)]
+        """A call of one of the tools; `after` is how the reply begins already: with Action:, or all up to the input."""
+        rules = [f"args_{i}: {json_rule(tool)}" for i, tool in enumerate(tools)]
         if after.endswith(INPUT):
             rules.append('start: " " args_0')
         else:
@@ -60,6 +89,14 @@ class Grammars:
             ways = (f"{json.dumps(f' {tool.name}' + chr(10) + f'{INPUT} ')} args_{i}" for i, tool in enumerate(tools))
             rules.append("start: " + " | ".join(ways))
         return self._constrain("\n".join(rules))
+
+    def strict(self, tools: Sequence[Tool], names: Collection[str], begins: str) -> Constraint:
+        """A reply that begins with `begins` and may call tools; the arguments of those named fit their schemas."""
+        parser = ReactParser(tools)
+        parser.push(begins)
+        spaced = {tool.name: f"start: /\\s?/ args\nargs: {json_rule(tool)}" for tool in tools if tool.name in names}
+        arguments = {name: self._constrain(rule) for name, rule in spaced.items()}
+        return StrictArguments(self.tokenizer, parser, arguments)
 
     def _constrain(self, lark: str) -> Constraint:
         try:
@@ -72,13 +109,18 @@ class Grammars:
         return Constraint(LLMatcher(self._make_vocabulary(), grammar))
 
     def _make_vocabulary(self) -> Any:
-        if self._vocabulary is None:
-            from llguidance.tiktoken import lltokenizer_from_encoding
+        from llguidance.tiktoken import lltokenizer_from_encoding
 
-            self._vocabulary = lltokenizer_from_encoding(
-                self.tokenizer.tokenizer, n_vocab=self.vocab_size, eos_token=self.tokenizer.im_end_id
-            )
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = lltokenizer_from_encoding(
+                    self.tokenizer.tokenizer, n_vocab=self.vocab_size, eos_token=self.tokenizer.im_end_id
+                )
         return self._vocabulary
+
+
+def json_rule(tool: Tool) -> str:
+    return f"%json {json.dumps(with_layout(object_schema(tool)))}"
 
 
 def with_layout(schema: dict[str, Any]) -> dict[str, Any]:

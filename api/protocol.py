@@ -119,7 +119,7 @@ class Function(Strict):
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | list[dict[str, Any]] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = Field(None, description="true: the arguments are held to the schema")
     name_for_model: str | None = None
     name_for_human: str | None = None
     description_for_model: str | None = None

@@ -87,15 +87,22 @@ class Sampler:
         return scores
 
     def _draw(self, scores: Tensor) -> int:
-        """A token at random, of those that top-k and top-p leave, by their probabilities."""
-        scores = scores / self.sampling.temperature
-        probabilities, tokens = self._likeliest(scores)
+        """A token at random, by the probabilities that the settings leave."""
+        probabilities, tokens = self.distribution(scores)
         reached = probabilities.double().cumsum(0)
-        # A token stays while those before it have not reached top_p; the likeliest always stays.
-        kept = max(1, int((reached - probabilities < self.sampling.top_p).sum()))
-        drawn = self.random.random() * reached[kept - 1]
-        place = min(int(torch.searchsorted(reached, drawn, right=True)), kept - 1)
+        place = int(torch.searchsorted(reached, self.random.random() * reached[-1], right=True))
+        place = min(place, len(reached) - 1)
         return place if tokens is None else int(tokens[place])
+
+    def distribution(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Probabilities up to a factor, and their tokens (None: all), of what top-k and top-p leave of scores (V,)."""
+        probabilities, tokens = self._likeliest(scores / self.sampling.temperature)
+        if self.sampling.top_p == 1:
+            return probabilities, tokens
+        # A token stays while those before it have not reached top_p; the likeliest always stays.
+        before = probabilities.double().cumsum(0) - probabilities
+        kept = max(1, int((before < self.sampling.top_p).sum()))
+        return probabilities[:kept], tokens[:kept]
 
     def _likeliest(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
         """Probabilities and tokens, the likeliest first; as many as are needed. None stands for all, unsorted."""

@@ -96,8 +96,8 @@ class Server:
         if not prompt:
             raise ApiError(400, f"{param} is empty", param, "invalid_value")
         if len(prompt) + (1 if max_tokens is None else max_tokens) > context:
-            wanted = "" if max_tokens is None else f" and {max_tokens:,} more were asked for"
-            message = f"the model's context is {context:,} tokens: {param} has {len(prompt):,}{wanted}"
+            wanted = "" if max_tokens is None else f", and {max_tokens:,} more were asked for"
+            message = f"the prompt is too long for the context of {context:,} tokens: it has {len(prompt):,}{wanted}"
             raise ApiError(400, message, param, "context_length_exceeded")
         return min(self.settings.max_new_tokens, context - len(prompt)) if max_tokens is None else max_tokens
 
