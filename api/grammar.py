@@ -94,7 +94,7 @@ class Grammars:
         """A reply that begins with `begins` and may call tools; the arguments of those named fit their schemas."""
         parser = ReactParser(tools)
         parser.push(begins)
-        spaced = {tool.name: f"start: /\\s?/ args\nargs: {json_rule(tool)}" for tool in tools if tool.name in names}
+        spaced = {tool.name: f"start: /[ \\n]?/ args\nargs: {json_rule(tool)}" for tool in tools if tool.name in names}
         arguments = {name: self._constrain(rule) for name, rule in spaced.items()}
         return StrictArguments(self.tokenizer, parser, arguments)
 

@@ -152,7 +152,7 @@ constexpr int BLOCK = 32;        // activations that share a scale when a produc
 constexpr int PANEL = 2 * W;     // rows of W worked on at once where there are many tokens
 constexpr int DEPTH = 256;       // columns of such a panel: 16 KiB in float32 on AVX2, half of a first-level cache
 constexpr int TILE = 6;          // tokens by PANEL rows: 12 accumulators
-constexpr int MANY = 8;          // from so many tokens on, W is turned into panels
+constexpr int MANY = 16;         // from so many tokens on, W is turned into panels
 constexpr int TOKENS = 64;       // tokens worked on at once in integers
 
 // Activations (T, cols) of a product, and what INT4 reads in their place.
@@ -233,6 +233,9 @@ static inline void dot_rows(const T* w, size_t w_stride, const float* x, size_t 
     int t = 0;
     for (; t + 3 <= tokens; t += 3)
         dot_tile<RM, 3>(w, w_stride, x + t * x_stride, x_stride, cols,
+                        [&](int i, int j, float v) { out(i, t + j, v); });
+    for (; t + 2 <= tokens; t += 2)
+        dot_tile<RM, 2>(w, w_stride, x + t * x_stride, x_stride, cols,
                         [&](int i, int j, float v) { out(i, t + j, v); });
     for (; t < tokens; t++)
         dot_tile<RM, 1>(w, w_stride, x + t * x_stride, x_stride, cols, [&](int i, int, float v) { out(i, t, v); });

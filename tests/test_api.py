@@ -312,7 +312,7 @@ def test_strict_arguments_fit_their_schema(server: Server, tokenizer: QWenTokeni
             constraint.push(token)
         following = constraint.allowed(server.engine.model.device, 151936)
         allowed = {tokenizer.decoder[int(i)] for i in following.nonzero()[:, 0] if int(i) in tokenizer.decoder}
-        assert all(token[:1] in b" {\nc\t\r\x0b\x0c" for token in allowed)
+        assert all(token[:1] in b" {\nc" for token in allowed)
         assert b"x" not in allowed and allowed
     free = server.grammars.strict([tool], ["get_weather"], "")
     free.push(tokenizer.encode_text("Hello")[0])
