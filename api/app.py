@@ -6,8 +6,9 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import Depends, FastAPI, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
@@ -50,16 +51,19 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "the reply took too long",
     }.items()
 }
-ERRORS[422] = {"description": "never sent", "content": {}}
 STREAM = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 def create_app(server: Server) -> FastAPI:
     """The app that serves `server`."""
-    app = FastAPI(title="Qwen-7B", description="An OpenAI-compatible server for Qwen-7B.", redoc_url=None)
+    keys = [Depends(HTTPBearer(auto_error=False))] if server.settings.credentials else []  # for the page at /docs
+    app = FastAPI(
+        title="Qwen-7B", description="An OpenAI-compatible server for Qwen-7B.", redoc_url=None, dependencies=keys
+    )
     add_error_handlers(app)
     add_generation_routes(app, server)
     add_plain_routes(app, server)
+    tidy_description(app)
     app.add_middleware(Gate, server=server)
     if server.settings.cors_origins:
         app.add_middleware(
@@ -69,6 +73,15 @@ def create_app(server: Server) -> FastAPI:
             allow_headers=["Authorization", "Content-Type"],
         )
     return app
+
+
+def tidy_description(app: FastAPI) -> None:
+    """Errors have OpenAI's form and status 400, never FastAPI's own 422; some paths need no key."""
+    for path, operations in app.openapi()["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            if path in OPEN_PATHS:
+                operation.pop("security", None)
 
 
 def add_generation_routes(app: FastAPI, server: Server) -> None:
