@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import runpy
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -674,6 +676,17 @@ def test_while_loading_and_while_closing(tokenizer: QWenTokenizer) -> None:
         finished, cut = sorted(results, key=len)
         assert finished.endswith("data: [DONE]\n\n") and "bye" in finished
         assert json.loads(cut.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+
+
+@pytest.mark.parametrize("name", ["plain", "stream", "tools", "json_schema"])
+def test_examples_run(name: str, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{address}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    path = Path(__file__).parent.parent / "examples" / f"openai_{name}.py"
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    expected = {"plain": "tokens)", "stream": "tokens)", "tools": "-> get_weather({", "json_schema": "City(name="}
+    assert expected[name] in printed
 
 
 def test_langchain(address: str) -> None:
