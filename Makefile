@@ -24,7 +24,7 @@ test: .venv/installed-dev
 	@$(PIP) --requirement requirements.txt >&2
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements_dev.txt
+.venv/installed-dev: .venv/installed requirements_dev.txt requirements_openai_api.txt
 	@$(PIP) --requirement requirements_dev.txt >&2
 	@touch $@
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .cache import is_growing
+from .cache import JointCache, is_growing
 from .errors import QwenError
 from .int4 import Int4Linear
 from .paths import user_cache_dir
@@ -48,10 +48,6 @@ class _Layer(Structure):
     _fields_ += [("window", c_int32)]
 
 
-class _KeyValues(Structure):
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("capacity", c_int64)]
-
-
 class _Rotary(Structure):
     _fields_ = [(name, c_void_p) for name in ("query_cos", "query_sin", "key_cos", "key_sin")]
     _fields_ += [("batch_stride", c_int64)]
@@ -64,8 +60,8 @@ class _Decoder(Structure):
 
 
 class _Step(Structure):
-    _fields_ = [("cache", POINTER(_KeyValues)), ("first", c_void_p), ("rotary", _Rotary)]
-    _fields_ += [(name, c_int32) for name in ("B", "T", "past", "threads")]
+    _fields_ = [("cache", c_void_p), ("first", c_void_p), ("past", c_void_p), ("rotary", _Rotary)]
+    _fields_ += [(name, c_int32) for name in ("B", "T", "threads")]
 
 
 # ---- building ----
@@ -163,21 +159,25 @@ class CpuDecoder:
     ) -> Tensor:
         """The normed output (B, T, C) of all layers for embeddings (B, T, C), appending to the cache."""
         B, T, _ = hidden.shape
-        past = cache.get_seq_length()
+        row_caches = cache.rows if isinstance(cache, JointCache) else [cache]
+        past = [row.get_seq_length() for row in row_caches] * (B // len(row_caches))
         x = hidden.to(torch.float32, copy=True).contiguous()
         angles = [part.reshape(part.shape[0], T, -1).contiguous() for part in (*query_rotary, *key_rotary)]
         rows = min(part.shape[0] for part in angles)
         first = torch.zeros(B, dtype=torch.int32)
         if attention_mask is not None:
             first = attention_mask.long().argmax(-1).int()
+        places = torch.cat([self._places(row, B // len(row_caches), T, hidden.dtype) for row in row_caches], dim=1)
+        past = torch.tensor(past, dtype=torch.int32)
         step = _Step(
-            self._buffers(cache, B, T, hidden.dtype), first.data_ptr(),
+            places.data_ptr(), first.data_ptr(), past.data_ptr(),
             _Rotary(*(part.data_ptr() for part in angles), 0 if rows == 1 else angles[0][0].numel()),
-            B, T, past, torch.get_num_threads(),
+            B, T, torch.get_num_threads(),
         )  # fmt: skip
         self.kernels.qwen_decode(byref(self.decoder), byref(step), x.data_ptr())
-        for layer in cache.layers[: self.decoder.num_layers]:
-            layer.length += T
+        for row in row_caches:
+            for layer in row.layers[: self.decoder.num_layers]:
+                layer.length += T
         return x.to(hidden.dtype)
 
     def linear(self, hidden: Tensor, linear: nn.Linear) -> Tensor:
@@ -195,16 +195,22 @@ class CpuDecoder:
         self.kernels.qwen_linear(byref(matrix), x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
         return y.to(hidden.dtype)
 
-    def _buffers(self, cache: Cache, B: int, T: int, dtype: torch.dtype) -> Any:
-        """The caches of all layers as the kernels take them, each with room for T more tokens."""
-        config, places = self.config, (_KeyValues * len(self.layers))()
-        for place, layer in zip(places, cache.layers, strict=False):
+    def _places(self, cache: Cache, B: int, T: int, dtype: torch.dtype) -> Tensor:
+        """Where the kernels find the keys and values of each row, and their capacity: (layers, B, 3) int64.
+
+        Each layer gets room for T more tokens.
+        """
+        config, places = self.config, []
+        for layer in cache.layers:
             if not layer.is_initialized:
                 empty = torch.empty(B, config.num_attention_heads, 0, config.kv_channels, dtype=dtype)
                 layer.lazy_initialization(empty, empty)
             keys, values = layer.reserve(T)
-            place.keys, place.values, place.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-        return places
+            places.append((keys.data_ptr(), values.data_ptr(), keys.shape[2]))
+        first = torch.tensor(places).unsqueeze(1)  # of row 0
+        size = first[:, :, 2] * (config.num_attention_heads * config.kv_channels * dtype.itemsize)  # bytes of a row
+        offsets = size[:, :, None] * torch.arange(B)[None, :, None] * torch.tensor([1, 1, 0])
+        return (first + offsets).contiguous()
 
     def _weights_are_known(self, dtype: torch.dtype) -> bool:
         """Whether all modules are of the kinds that the kernels compute; describes them anew where they changed."""

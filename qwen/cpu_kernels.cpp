@@ -171,7 +171,7 @@ constexpr int BLOCK = 32;        // activations that share a scale when a produc
 constexpr int PANEL = 2 * W;     // rows of W worked on at once where there are many tokens
 constexpr int DEPTH = 256;       // columns of such a panel: 16 KiB in float32 on AVX2, half of a first-level cache
 constexpr int TILE = 6;          // tokens by PANEL rows: 12 accumulators
-constexpr int MANY = 8;          // from so many tokens on, W is turned into panels
+constexpr int MANY = 16;         // from so many tokens on, W is turned into panels
 constexpr int TOKENS = 64;       // tokens worked on at once in integers
 
 // Activations (T, cols) of a product, and what INT4 reads in their place.
@@ -262,6 +262,9 @@ static inline void dot_rows(const T* w, size_t w_stride, const float* x, size_t 
     int t = 0;
     for (; t + 3 <= tokens; t += 3)
         dot_tile<RM, 3>(w, w_stride, x + t * x_stride, x_stride, cols,
+                        [&](int i, int j, float v) { out(i, t + j, v); });
+    for (; t + 2 <= tokens; t += 2)
+        dot_tile<RM, 2>(w, w_stride, x + t * x_stride, x_stride, cols,
                         [&](int i, int j, float v) { out(i, t + j, v); });
     for (; t < tokens; t++)
         dot_tile<RM, 1>(w, w_stride, x + t * x_stride, x_stride, cols, [&](int i, int, float v) { out(i, t, v); });
@@ -452,7 +455,7 @@ struct Layer {
     int32_t window;  // tokens a query looks back on, itself included; 0 is all of them
 };
 
-struct KeyValues {  // a layer's cache: (B, H, capacity, D) each
+struct KeyValues {  // a row's cache in a layer: (H, capacity, D) each
     void *keys, *values;
     int64_t capacity;
 };
@@ -470,10 +473,11 @@ struct Decoder {
 };
 
 struct Step {
-    const KeyValues* cache;
-    const int32_t* first;  // (B): where each row's tokens begin, after the padding on its left
+    const KeyValues* cache;  // (layers, B)
+    const int32_t* first;    // (B): where each row's tokens begin, after the padding on its left
+    const int32_t* past;     // (B): tokens that each row's cache holds, padding included
     Rotary rotary;
-    int32_t B, T, past, threads;
+    int32_t B, T, threads;
 };
 
 static void rms_norm(const float* x, const float* weight, float eps, int size, float* out) {
@@ -537,21 +541,21 @@ static void mix_values(const float* p, size_t p_stride, const T* values, int siz
 template <class T>
 static void attend(const Decoder& m, const Step& step, int window, const KeyValues& cache, int b, int h,
                    const float* qkv, float* out) {
-    const int D = m.head_dim, width = m.heads * D;
-    const int64_t head = ((int64_t)b * m.heads + h) * cache.capacity * D;
+    const int D = m.head_dim, width = m.heads * D, past = step.past[b];
+    const int64_t head = (int64_t)h * cache.capacity * D;
     T *keys = (T*)cache.keys + head, *values = (T*)cache.values + head;
     const Rotary& rotary = step.rotary;
     for (int t = 0; t < step.T; t++) {
         const float* token = qkv + (size_t)t * 3 * width + h * D;
-        const int64_t angle = b * rotary.batch_stride + (int64_t)t * D, place = (int64_t)(step.past + t) * D;
+        const int64_t angle = b * rotary.batch_stride + (int64_t)t * D, place = (int64_t)(past + t) * D;
         rotate(token + width, rotary.key_cos + angle, rotary.key_sin + angle, D, 1.0f, keys + place);
         for (int i = 0; i < D; i += W) store(values + place + i, load(token + 2 * width + i));
     }
     std::vector<float> query(QUERIES * D), scratch(D), scores;
     for (int t0 = 0; t0 < step.T; t0 += QUERIES) {
-        const int count = std::min(QUERIES, step.T - t0), end = step.past + t0 + count;
+        const int count = std::min(QUERIES, step.T - t0), end = past + t0 + count;
         int begin = step.first[b];
-        if (window) begin = std::max(begin, step.past + t0 + 1 - window);
+        if (window) begin = std::max(begin, past + t0 + 1 - window);
         begin = std::min(begin, end);
         const int size = end - begin;
         for (int j = 0; j < count; j++) {
@@ -567,7 +571,7 @@ static void attend(const Decoder& m, const Step& step, int window, const KeyValu
         dot_all(keys + (int64_t)begin * D, D, size, query.data(), D, count, D,
                 [&](int s, int j, float v) { scores[(size_t)j * size + s] = v; });
         for (int j = 0; j < count; j++) {
-            const int position = step.past + t0 + j;
+            const int position = past + t0 + j;
             const int lo = window ? std::max(0, position + 1 - window - begin) : 0;
             softmax(&scores[(size_t)j * size], size, lo, std::max(lo, position + 1 - begin));
         }
@@ -595,7 +599,7 @@ struct Buffers {
 };
 
 // Called by all threads.
-static void run_attention(Team& team, const Decoder& m, const Step& step, const Layer& layer, const KeyValues& cache,
+static void run_attention(Team& team, const Decoder& m, const Step& step, const Layer& layer, const KeyValues* cache,
                           float* x, Buffers& to) {
     const int C = m.hidden, width = m.heads * m.head_dim, T = step.T;
     prepare(team, to.normed, layer.c_attn.kind,
@@ -606,9 +610,9 @@ static void run_attention(Team& team, const Decoder& m, const Step& step, const 
         const float* row = &to.qkv[(size_t)b * T * 3 * width];
         float* out = &to.heads.values[(size_t)b * T * width];
         if (m.cache_kind == BFLOAT16)
-            attend<bf16>(m, step, layer.window, cache, b, h, row, out);
+            attend<bf16>(m, step, layer.window, cache[b], b, h, row, out);
         else
-            attend<float>(m, step, layer.window, cache, b, h, row, out);
+            attend<float>(m, step, layer.window, cache[b], b, h, row, out);
     });
     prepare(team, to.heads, layer.attn_c_proj.kind, [](int) {});
     matmul(team, layer.attn_c_proj, to.heads, x, true);
@@ -648,7 +652,7 @@ extern "C" void qwen_decode(const Decoder* m, const Step* step, float* x) {
     {
         team.assemble();
         for (int i = 0; i < m->num_layers; i++) {
-            run_attention(team, *m, *step, m->layers[i], step->cache[i], x, buffers);
+            run_attention(team, *m, *step, m->layers[i], step->cache + (size_t)i * step->B, x, buffers);
             run_mlp(team, *m, m->layers[i], x, buffers);
         }
         team.each(rows, 1, [&](int t, int) { rms_norm(x + (size_t)t * C, m->ln_f, m->eps, C, x + (size_t)t * C); });

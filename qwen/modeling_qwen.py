@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import is_growing, let_grow
+from .cache import JointCache, is_growing, let_grow
 from .chat import ChatMixin, FiniteLogits, StopSequences, light_criterion
 from .chatml import complete_eos_ids
 from .checkpoint import check_loaded_keys, check_weight_files
@@ -350,7 +350,12 @@ class QWenModel(QWenPreTrainedModel):
         # By window; a dict already where `generate` has made them for a static cache.
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, windows)
+            if isinstance(past_key_values, JointCache):
+                masks = past_key_values.masks(position_ids, windows, inputs_embeds.dtype)
+            else:
+                masks = attention_masks(
+                    self.config, inputs_embeds, attention_mask, past_key_values, position_ids, windows
+                )
 
         hidden = self.drop(inputs_embeds)
         # Early-exit assistants lower num_hidden_layers.

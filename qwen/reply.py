@@ -58,15 +58,21 @@ class ReplyDecoder:
 
     Args:
         stop_ids: tokens that end the reply.
+        strip: leave out blanks at either end.
         stop_words: words that end it, as text (found across token borders) or as ids. Ids of regular tokens mean
             their text; a sequence with a control token in it is compared by ids.
     """
 
     def __init__(
-        self, tokenizer: "QWenTokenizer", stop_ids: Collection[int] = (), stop_words: Iterable[StopWord] = ()
+        self,
+        tokenizer: "QWenTokenizer",
+        stop_ids: Collection[int] = (),
+        stop_words: Iterable[StopWord] = (),
+        strip: bool = True,
     ) -> None:
         self.tokens = 0
         self.text = ""
+        self.strip = strip
         self.finish_reason: FinishReason | None = None
         self._decoder = tokenizer.decoder
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -121,9 +127,9 @@ class ReplyDecoder:
 
     def _show(self, text: str) -> str:
         """Show `text`, the beginning of what is held, without blanks at either end of the reply."""
-        shown = text.rstrip()
+        shown = text.rstrip() if self.strip else text
         self._held = self._held[len(shown) :]
-        if not self.text:
+        if self.strip and not self.text:
             shown = shown.lstrip()
         self.text += shown
         return shown
