@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from .cache import is_growing
 from .int4 import Int4Linear
+from .loss import LMHead
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
@@ -187,7 +188,7 @@ class CpuDecoder:
     def linear(self, hidden: Tensor, linear: nn.Linear) -> Tensor:
         """`linear(hidden)`; by the kernels if they know its weights."""
         rows = hidden.numel() // hidden.shape[-1]
-        known = type(linear) is nn.Linear and linear.weight.dtype == hidden.dtype and hidden.dtype in KINDS
+        known = type(linear) in (nn.Linear, LMHead) and linear.weight.dtype == hidden.dtype and hidden.dtype in KINDS
         if torch.is_grad_enabled() or not known or hidden.device.type != "cpu" or not rows or _hooked(linear) or (
             rows > FEW_ROWS and _has_native_bf16(hidden.dtype)
         ):  # fmt: skip
