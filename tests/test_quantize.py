@@ -19,8 +19,6 @@ from qwen.chatml import encode_messages
 from qwen.gptq import find_scales, importance_order, inverse_factor, quantize_weight
 from utils import load_model_and_tokenizer
 
-VOCABULARY_BYTES = 1000  # rows of the golden model's embedding
-
 
 def correlated_inputs(count: int, size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -43,12 +41,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Tensor:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The golden model in a directory, with a vocabulary whose tokens it can all read."""
-    directory = tmp_path / "tiny"
-    golden.model(vocab_size=VOCABULARY_BYTES).save_pretrained(directory)
-    QWenTokenizer(golden.DATA / "qwen.tiktoken").save_pretrained(directory)
-    ranks = (golden.DATA / "qwen.tiktoken").read_bytes().splitlines(keepends=True)[:700]
-    (directory / "qwen.tiktoken").write_bytes(b"".join(ranks))
-    return directory
+    return golden.checkpoint(tmp_path / "tiny")
 
 
 @pytest.fixture

@@ -161,8 +161,9 @@ def join(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch in one row: ids, labels and positions (1, T), and where each sample begins and ends.
 
-    The last five are what attention functions know sequences by (attention.py, flash attention); `ntk_alpha` says that
-    no sample is longer than the model was trained for, however long the row.
+    Attention functions know sequences by their lengths and borders (attention.py, flash attention), and masks by the
+    positions, where there is no cache. `ntk_alpha` says that no sample is longer than the model was trained for,
+    however long the row.
     """
     whole = join(items)
     lengths = whole["lengths"]
@@ -177,6 +178,7 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
         "ntk_alpha": torch.ones(1),
+        "use_cache": False,
     }
 
 
@@ -186,7 +188,7 @@ class PaddingCollator:
 
     pad_id: int
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rows = [part for item in items for part in _split(item)]
         width = max(len(ids) for ids, _ in rows)
         batch = {
@@ -199,7 +201,7 @@ class PaddingCollator:
             tensors["input_ids"][row, : len(ids)] = ids
             tensors["labels"][row, : len(ids)] = labels
             tensors["attention_mask"][row, : len(ids)] = 1
-        return tensors
+        return tensors | {"use_cache": False}
 
 
 def _split(item: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:

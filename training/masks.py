@@ -13,7 +13,8 @@ from qwen import QWenTokenizer
 from qwen.chatml import DEFAULT_SYSTEM, encode_block
 from qwen.loss import IGNORED
 
-from .conversations import Conversation, Message
+from .conversations import Conversation
+from .messages import Message
 
 LOSS_ON = ("assistant", "qwen2023", "last")
 

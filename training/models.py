@@ -31,7 +31,6 @@ def load_model(settings: Settings, directory: Path, tokenizer: QWenTokenizer) ->
         attn=settings.model.attn,
         quantization_config=quantization,
     )
-    model.config.use_cache = False
     set_stop_ids(model, tokenizer)
     if lora.use_lora:
         model = add_adapter(model, lora)

@@ -28,8 +28,10 @@ class QwenTrainer(Trainer):
         self.facts = facts
         self.base = base
         self.work = Work()
+        model = self.accelerator.unwrap_model(self.model)
+        model.config.use_cache = True  # as it is to be saved; batches say False
         # An adapter on the head adds to logits: then there must be some.
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        head = model.get_output_embeddings()
         self.skip_logits = not isinstance(head, BaseTunerLayer)
 
     # ---- loss ----
