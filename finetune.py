@@ -27,6 +27,8 @@ from training.report import describe_dataset, print_report
 from training.trainer import QwenTrainer
 from utils import DTYPES, find_checkpoint, load_config, run_script
 
+ROOT = Path(__file__).resolve().parent
+
 
 def parse_args(argv: list[str] | None = None) -> Settings:
     return parse_settings(sys.argv[1:] if argv is None else argv, __doc__)

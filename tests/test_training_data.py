@@ -22,7 +22,7 @@ from training.data import LazyDataset, PackedDataset, PaddingCollator, collate, 
 from training.masks import LOSS_ON, encode_conversation
 from training.messages import Message
 
-SAMPLES = Path(finetune.__file__).parent / "finetune" / "sample.jsonl"
+SAMPLES = finetune.ROOT / "finetune" / "sample.jsonl"
 HI = {"role": "user", "content": "Hi"}
 HELLO = {"role": "assistant", "content": "Hello!"}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather of a city.", "parameters": {
