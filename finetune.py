@@ -21,7 +21,7 @@ from training.arguments import Settings, TrainingArguments, parse_settings, stag
 from training.checkpoints import check_same_run, find_resumable
 from training.conversations import read_conversations
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
-from training.models import count_parameters, load_model
+from training.models import check_source, count_parameters, load_model
 from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
 from training.report import describe_dataset, print_report
 from training.trainer import QwenTrainer
@@ -56,6 +56,7 @@ def train(settings: Settings) -> int:
     conversations = [read_conversations(Path(path)) for path in (data.data_path, data.eval_data_path) if path]
     with training.main_process_first(local=True, desc="download"):
         directory = find_checkpoint(settings.model.model_name_or_path, settings.model.hub, settings.model.revision)
+    check_source(directory, settings.lora)
     tokenizer = load_tokenizer(directory, settings)
     datasets = [make_dataset(each, tokenizer, settings) for each in conversations]
     facts = {"data": datasets[0].fingerprint(), "loss_on": data.loss_on, "seed": training.seed,

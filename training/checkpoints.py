@@ -57,7 +57,7 @@ def find_resumable(output: Path, resume: str | None) -> Path | None:
     if resume.lower() in ("true", "latest"):
         return whole[-1] if whole else None
     checkpoint = Path(resume)
-    if not (checkpoint / "trainer_state.json").is_file():
+    if not checkpoint.is_dir() or not NAME.fullmatch(checkpoint.name):
         raise QwenError(f"--resume_from_checkpoint {resume} is no checkpoint: give a directory checkpoint-N, or True")
     if not is_complete(checkpoint):
         raise QwenError(

@@ -71,6 +71,7 @@ class LazyDataset(Dataset):
         self, conversations: list[Conversation], tokenizer: QWenTokenizer, max_length: int, loss_on: str
     ) -> None:
         self.conversations = conversations
+        self.settings = (max_length, loss_on)
         self.encode = lambda conversation: encode_conversation(tokenizer, conversation, max_length, loss_on)
 
     def __len__(self) -> int:
@@ -84,6 +85,10 @@ class LazyDataset(Dataset):
                 ids, labels = torch.tensor(sample.input_ids), torch.tensor(sample.labels)
                 return {"input_ids": ids, "labels": labels, "lengths": [len(ids)]}
         raise QwenError("no sample has a reply that fits: raise --model_max_length")
+
+    def fingerprint(self) -> str:
+        texts = "".join(f"{message}" for each in self.conversations for message in each.messages)
+        return hashlib.sha256(f"{self.settings}{texts}".encode()).hexdigest()[:16]
 
 
 class PackedDataset(Dataset):

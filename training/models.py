@@ -21,7 +21,6 @@ from .arguments import LoraArguments, Settings, stage
 def load_model(settings: Settings, directory: Path, tokenizer: QWenTokenizer) -> nn.Module:
     """The model of `settings`, with an adapter where asked for, ready to be trained."""
     lora, training = settings.lora, settings.training
-    check_source(directory, lora)
     sharded = stage(training) == 3 or training.fsdp_plugin_args is not None
     quantization = nf4_config(training.precision) if lora.q_lora and not is_gptq(directory) else None
     model = load_model_for_training(

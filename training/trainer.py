@@ -1,5 +1,6 @@
 """transformers' Trainer for this model: loss without logits, exact evaluation, whole checkpoints."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ class QwenTrainer(Trainer):
             remove_old(output, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # said where wte is adapted
+            super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
         directory = Path(output_dir or self.args.output_dir)
         if self.args.should_save and not isinstance(model, PreTrainedModel):  # an adapter
