@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
@@ -40,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         if settings.data.check_data is not None:
             return check_data(settings)
         return train(settings)
+    except SafetensorError as error:
+        raise QwenError(
+            f"{settings.training.output_dir} can't be written ({error}): free some space, then resume"
+        ) from None
     except QwenError:
         if int(os.environ.get("RANK", 0)):
             sys.exit(1)  # the first process says it
@@ -159,6 +164,8 @@ def finish(
         print(f"Stopped at step {trainer.state.global_step}: the same command with --resume_from_checkpoint True goes "
               "on from there.", file=sys.stderr)  # fmt: skip
         return 128 + stopper.signal
+    if trainer.state.global_step == 0:
+        raise QwenError("no step was made: look at --max_steps, --num_train_epochs and the number of samples")
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     if isinstance(trainer.model, PreTrainedModel) and not stage(training):

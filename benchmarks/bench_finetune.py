@@ -36,6 +36,7 @@ from utils import DTYPES, find_checkpoint, load_model_for_training, run_script  
 WAYS = {
     "ours": "packs, loss in chunks",
     "ours-unpacked": "batches without padding, loss in chunks",
+    "ours-all-logits": "packs, all logits",
     "published": "padded to the maximum, all logits",
     "trl": "SFTTrainer, its defaults",
     "trl-packed": "SFTTrainer with packing",
@@ -132,13 +133,13 @@ def own_steps(args: argparse.Namespace, samples: list[dict[str, Any]]) -> tuple[
         batches = [{name: torch.stack([row[name] for row in rows[i : i + args.batch]]) for name in rows[0]}
                    for i in range(0, len(rows), args.batch)]  # fmt: skip
         return make_step(model, use_cache=False), batches
-    if args.one == "ours":
+    if args.one != "ours-unpacked":
         packs = pack(dataset.lengths, args.max_length)
         random.Random(0).shuffle(packs)
         dataset = PackedDataset(dataset, packs)
     batches = [collate([dataset[i] for i in range(first, min(first + args.batch, len(dataset)))])
                for first in range(0, len(dataset), args.batch)]  # fmt: skip
-    return make_step(model, skip_logits=True), batches
+    return make_step(model, skip_logits=args.one != "ours-all-logits"), batches
 
 
 def pad_to_maximum(item: dict[str, Any], length: int, pad: int) -> dict[str, torch.Tensor]:

@@ -4,4 +4,4 @@
 DEFAULT_MODEL=Qwen/Qwen-7B-Chat
 ARGS=("$@")
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-launch distributed --activation_checkpointing True --deepspeed "$ROOT/finetune/ds_config_zero3.json"
+launch distributed --gradient_checkpointing True --deepspeed "$ROOT/finetune/ds_config_zero3.json"

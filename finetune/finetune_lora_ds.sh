@@ -4,4 +4,4 @@
 DEFAULT_MODEL=Qwen/Qwen-7B-Chat
 ARGS=("$@")
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-launch distributed --use_lora True --activation_checkpointing True --deepspeed "$ROOT/finetune/ds_config_zero2.json"
+launch distributed --use_lora True --gradient_checkpointing True --deepspeed "$ROOT/finetune/ds_config_zero2.json"

@@ -4,4 +4,4 @@
 DEFAULT_MODEL=Qwen/Qwen-7B-Chat
 ARGS=("$@")
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-launch single --use_lora True --activation_checkpointing True
+launch single --use_lora True --gradient_checkpointing True

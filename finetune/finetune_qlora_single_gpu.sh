@@ -4,4 +4,4 @@
 DEFAULT_MODEL=Qwen/Qwen-7B-Chat-Int4
 ARGS=("$@")
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-launch single --q_lora True --activation_checkpointing True
+launch single --q_lora True --gradient_checkpointing True

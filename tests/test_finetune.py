@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -200,7 +202,7 @@ def test_gradients_through_int4_equal_those_through_its_dense_weights() -> None:
 def test_qlora_over_int4(
     work: dict[str, str], int4: Path, base: Path, trained_logits: list[Tensor], tmp_path: Path
 ) -> None:
-    output, log = train(work, model_name_or_path=int4, q_lora=True, activation_checkpointing=True)
+    output, log = train(work, model_name_or_path=int4, q_lora=True, gradient_checkpointing=True)
     assert log[-1]["loss"] < log[0]["loss"]
     loaded = logits(output)
     # The kernel computes in bfloat16 within; in training it steps aside.
@@ -322,7 +324,7 @@ def test_accumulation_packing_and_padding_give_the_same_steps(work: dict[str, st
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "padding": True},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 99, "packing": True, "model_max_length": 100},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "attn": "sdpa", "lazy_preprocess": True},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "activation_checkpointing": True,
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True,
          "train_sampling_strategy": "group_by_length"},
     ]  # fmt: skip
     losses = [
@@ -423,6 +425,15 @@ def test_flags_of_older_scripts_are_understood(work: dict[str, str]) -> None:
     assert (training.warmup_steps, training.activation_checkpointing, training.learning_rate) == (0.01, True, 3e-4)
     assert settings.lora.use_lora and settings.data.lazy_preprocess
     assert finetune.parse_args(["--data_path", "a", "--output_dir", "b"]).training.learning_rate == 1e-5
+
+
+def test_commands_of_the_manual_parse() -> None:
+    text = (finetune.ROOT / "finetune" / "README.md").read_text(encoding="utf-8")
+    flags = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python finetune.py -")]
+    assert len(flags) == 2 and all(finetune.parse_args(each) for each in flags)
+    launched = re.findall(r"^finetune/(\S+) (.*?)(?: -- (.*))?$", text, re.MULTILINE)
+    assert launched and all((finetune.ROOT / "finetune" / name).is_file() for name, _, _ in launched)
+    assert all(finetune.parse_args(["-d", "a", *shlex.split(more)]) for _, _, more in launched)
 
 
 def test_scheduler_of_a_deepspeed_config_does_not_win(

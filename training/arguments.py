@@ -111,6 +111,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.fp16 = not self.bf16 and device != "cpu"
         if self.use_cpu:
             self.dataloader_pin_memory = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # each is used; looking for others costs time
         if not self.report_to or self.report_to in ("none", ["none"]):
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
         if self.deepspeed:
@@ -195,11 +197,16 @@ def check_settings(settings: Settings) -> None:
         )
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         raise QwenError(f"--num_train_epochs {training.num_train_epochs}: no step would be made")
-    if lora.q_lora and (stage(training) == 3 or training.fsdp_plugin_args is not None):
+    if lora.q_lora and is_sharded(training):
         raise QwenError("4-bit weights can't be split over GPUs: Q-LoRA runs with ZeRO-2 or on one GPU")
 
 
-# ---- DeepSpeed ----
+# ---- DeepSpeed and FSDP ----
+
+
+def is_sharded(training: TrainingArguments) -> bool:
+    """Whether each process holds only a part of the weights."""
+    return stage(training) == 3 or bool(training.fsdp)
 
 
 def stage(training: TrainingArguments) -> int:

@@ -15,18 +15,17 @@ from qwen.checkpoint import check_architecture
 from qwen.errors import QwenError
 from utils import DTYPES, load_model_for_training
 
-from .arguments import LoraArguments, Settings, stage
+from .arguments import LoraArguments, Settings, is_sharded, stage
 
 
 def load_model(settings: Settings, directory: Path, tokenizer: QWenTokenizer) -> nn.Module:
     """The model of `settings`, with an adapter where asked for, ready to be trained."""
     lora, training = settings.lora, settings.training
-    sharded = stage(training) == 3 or training.fsdp_plugin_args is not None
     quantization = nf4_config(training.precision) if lora.q_lora and not is_gptq(directory) else None
     model = load_model_for_training(
         directory,
         dtype=weight_dtype(settings),
-        placement=None if sharded else {"": training.device},
+        placement=None if is_sharded(training) else {"": training.device},
         attn=settings.model.attn,
         quantization_config=quantization,
     )

@@ -150,10 +150,14 @@ class Watch(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    torchrun passes a Ctrl-C on to processes that the terminal has sent it to: twice at once is once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.since = 0.0
         self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -161,8 +165,10 @@ class StopOnSignal(TrainerCallback):
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+            if number == signal.SIGINT and time.monotonic() - self.since > 2:
+                raise KeyboardInterrupt
+            return
+        self.signal, self.since = number, time.monotonic()
         print("\nStopping after this step, with a checkpoint; again to stop at once.", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
