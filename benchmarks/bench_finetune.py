@@ -159,15 +159,14 @@ def trl_steps(args: argparse.Namespace, samples: list[dict[str, Any]]) -> tuple[
     model, tokenizer = make_model(args, "sdpa")
     conversations = [Conversation(parse_sample(sample)[0], "") for sample in samples]
     tokens = tokenize(conversations, tokenizer, args.max_length, "assistant", quiet=True)
-    rows = [{"input_ids": item["input_ids"].tolist(),
-             "completion_mask": [int(label != IGNORED) for label in item["labels"].tolist()]}
-            for item in (tokens[i] for i in range(len(tokens)))]  # fmt: skip
+    items = [tokens[i] for i in range(len(tokens))]
+    rows = [{name: item[name].tolist() for name in ("input_ids", "labels")} for item in items]
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.eos_token = "<|im_end|>"
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder, per_device_train_batch_size=args.batch, max_length=args.max_length, report_to="none",
-            packing=args.one == "trl-packed", completion_only_loss=True, bf16=args.dtype == "bf16", use_cpu=not
+            packing=args.one == "trl-packed", bf16=args.dtype == "bf16", use_cpu=not
             torch.cuda.is_available(), dataloader_pin_memory=False, gradient_checkpointing=False,
         )  # fmt: skip
         trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)

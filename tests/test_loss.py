@@ -130,7 +130,7 @@ def test_flash_attention_of_a_pack_equals_one_after_the_other(dtype: torch.dtype
 
     batch = collate(samples())
     parts = [torch.randn(1, 4, 103, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
-    assert has_varlen(parts[0])
+    assert has_varlen(parts[0].device, dtype, 64)
     lengths, borders = batch["sequence_lengths"], batch["cu_seq_lens_q"].cuda()
     fast = packed_attention(None, *parts, None, 0.125, sequence_lengths=lengths, cu_seq_lens_q=borders)[0]
     exact = [part.detach().double().requires_grad_() for part in parts]

@@ -1,6 +1,7 @@
 """Attention over a row of several samples: each attends to itself alone, without a mask over all pairs of tokens."""
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def packed_attention(
     """
     if sequence_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if dropout == 0 and has_varlen(query):
+    if dropout == 0 and has_varlen(query.device, query.dtype, query.shape[-1]):
         from torch.nn.attention.varlen import varlen_attn
 
         borders, longest = kwargs["cu_seq_lens_q"], max(sequence_lengths)
@@ -42,11 +43,12 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def has_varlen(query: Tensor) -> bool:
-    """Whether PyTorch's flash attention for sequences of various lengths takes such a query."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
+@cache
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether PyTorch's flash attention for sequences of various lengths takes queries of this kind."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
         return False
-    if torch.version.hip or torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         from torch.nn.attention.varlen import varlen_attn
