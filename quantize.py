@@ -30,6 +30,7 @@ from qwen.checkpoint import check_architecture, list_weight_files
 from qwen.gptq import quantize_weight
 from qwen.int4 import Int4Linear, group_index, pack_words
 from qwen.paths import replacing
+from training.conversations import read_conversations
 from utils import (
     DTYPE_NAMES,
     add_model_arguments,
@@ -41,7 +42,6 @@ from utils import (
 )
 
 HERE = Path(__file__).resolve().parent
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 STAGES = (  # layers with the same input are quantised together, each stage on the outputs of the one before
     ("attn", ("attn.c_attn",)), ("attn", ("attn.c_proj",)), ("mlp", ("mlp.w1", "mlp.w2")), ("mlp", ("mlp.c_proj",)),
 )  # fmt: skip
@@ -180,6 +180,9 @@ def calibration_ids(path: Path | None, tokenizer: QWenTokenizer) -> list[int]:
     if path is None:
         files = [HERE / "README.md", HERE / "README_CN.md", *sorted((HERE / "qwen").glob("*.py"))]
         return [i for file in files for i in tokenizer.encode_text(file.read_text(encoding="utf-8"))]
+    if path.suffix in (".json", ".jsonl"):
+        conversations = ([vars(message) for message in each.messages] for each in read_conversations(path))
+        return [i for each in conversations for i in encode_messages(tokenizer, each, add_generation_prompt=False)]
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -188,49 +191,7 @@ def calibration_ids(path: Path | None, tokenizer: QWenTokenizer) -> list[int]:
         raise QwenError(f"--calibration {path} can't be read: {error.strerror}") from None
     if not text.strip():
         raise QwenError(f"--calibration {path} is empty")
-    if path.suffix not in (".json", ".jsonl"):
-        return tokenizer.encode_text(text)
-    return [
-        i for where, sample in parse_samples(text, path)
-        for i in encode_messages(tokenizer, parse_messages(sample, where), add_generation_prompt=False)
-    ]  # fmt: skip
-
-
-def parse_samples(text: str, path: Path) -> list[tuple[str, Any]]:
-    """The samples of a JSON list or of JSON lines, each with the place to name when it is wrong."""
-    if text.lstrip().startswith("["):
-        try:
-            return [(f"{path}: sample {i}", sample) for i, sample in enumerate(json.loads(text), start=1)]
-        except ValueError as error:
-            line = getattr(error, "lineno", "?")
-            raise QwenError(f"{path}:{line}: not valid JSON ({error})") from None
-    samples = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                samples.append((f"{path}:{number}", json.loads(line)))
-            except ValueError as error:
-                raise QwenError(f"{path}:{number}: not valid JSON ({error})") from None
-    return samples
-
-
-def parse_messages(sample: Any, where: str) -> list[dict[str, str]]:
-    """The messages of one sample, in either of the two formats of fine-tuning data."""
-    messages = sample.get("messages", sample.get("conversations")) if isinstance(sample, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise QwenError(f'{where}: a sample is {{"messages": [...]}} or {{"conversations": [...]}}, not empty')
-    parsed = []
-    for message in messages:
-        fields = message if isinstance(message, dict) else {}
-        role = ROLES.get(fields.get("role", fields.get("from")))
-        content = fields.get("content", fields.get("value"))
-        if role is None or not isinstance(content, str):
-            raise QwenError(
-                f'{where}: a message has "role" and "content", or "from" and "value", with one of the roles '
-                f"{', '.join(ROLES)}, and text"
-            )
-        parsed.append({"role": role, "content": content})
-    return parsed
+    return tokenizer.encode_text(text)
 
 
 def split_samples(ids: list[int], length: int, count: int, path: Path | None = None) -> tuple[Tensor, Tensor]:

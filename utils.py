@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from demo_checkpoint import ensure_demo_checkpoint
@@ -25,7 +24,6 @@ from qwen.configuration_qwen import torch_reads
 from qwen.cpu import cpu_computes_bf16, load_kernels
 from qwen.errors import first_line
 from qwen.int4 import check_quantization, describe_kernel, replace_linears
-from qwen.tokenization_qwen import VOCAB_FILE
 from tensor_parallel import ParallelQWen, join_processes, leader_first, load_parallel
 
 DEFAULT_CHECKPOINT = "Qwen/Qwen-7B-Chat"
@@ -187,6 +185,31 @@ def load_model_on_gpus(path: str | os.PathLike, num_gpus: int = 2, **kwargs: Any
     return load_model_and_tokenizer(path, num_gpus=num_gpus, **kwargs)[0]
 
 
+def load_model_for_training(
+    directory: Path,
+    dtype: torch.dtype,
+    placement: dict[str, Any] | None,
+    attn: str = "sdpa",
+    quantization_config: Any = None,
+) -> QWenLMHeadModel:
+    """The model of a checkpoint directory in train mode; `placement` None leaves its place to ZeRO-3 or FSDP."""
+    check_loadable(directory)
+    load_config(directory)
+    more = {} if quantization_config is None else {"quantization_config": quantization_config}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, device_map=placement, attn_implementation=attn, **more
+        )
+    except ImportError as error:
+        raise QwenError(f"--attn {attn} or the quantisation is not available here: {first_line(error)}") from error
+    except torch.OutOfMemoryError as error:
+        raise QwenError(
+            f"{directory} in {DTYPE_NAMES[dtype]} doesn't fit into the GPU's free memory: train an adapter "
+            "(--use_lora, --q_lora), or share it between GPUs with ZeRO-3 or FSDP"
+        ) from error
+    return model.train()
+
+
 def load_config(directory: Path) -> QWenConfig:
     """The config of a checkpoint directory; QwenError if a value in it is impossible."""
     try:
@@ -226,26 +249,23 @@ def check_splittable(directory: Path) -> None:
 def _load_adapter(
     directory: Path, device: str | torch.device, dtype: str | torch.dtype, attn: str, hub: str, num_gpus: int | None
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
-    """A PEFT adapter on the base model that it names; its own tokenizer wins where it brings one."""
+    """A PEFT adapter on the base model that it names."""
     try:
-        from peft import PeftModel
+        from qwen.lora import load_adapter
     except ImportError:
         raise QwenError(f"{directory} is a PEFT adapter: pip install peft to load it") from None
-    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    settings = read_json(directory / "adapter_config.json")
+    base = settings.get("base_model_name_or_path")
     if not base:
         raise QwenError(f"{directory / 'adapter_config.json'} names no base model: set base_model_name_or_path in it")
     dtype = choose_dtype("cuda" if num_gpus else choose_device(device), dtype, plain=False)
     try:
-        model, tokenizer = load_model_and_tokenizer(base, device, dtype, attn, hub, num_gpus=num_gpus)
+        model, tokenizer = load_model_and_tokenizer(
+            base, device, dtype, attn, hub, revision=settings.get("revision"), num_gpus=num_gpus
+        )
     except QwenError as error:
         raise QwenError(f"the base model of adapter {directory} does not load: {error}") from error
-    if (directory / VOCAB_FILE).is_file():
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    try:
-        return PeftModel.from_pretrained(model, directory).eval(), tokenizer
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # no weights, damaged, of another size
-        reason = first_line(error)[:160]
-        raise QwenError(f"the adapter {directory} does not fit onto {base} ({reason}): save it again") from error
+    return load_adapter(directory, model, tokenizer, base)
 
 
 # ---- precision and place ----

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from .cache import JointCache, is_growing
 from .errors import QwenError
 from .int4 import Int4Linear
+from .loss import LMHead
 from .paths import user_cache_dir
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
@@ -183,7 +184,7 @@ class CpuDecoder:
     def linear(self, hidden: Tensor, linear: nn.Linear) -> Tensor:
         """`linear(hidden)`; by the kernels if they know its weights."""
         rows = hidden.numel() // hidden.shape[-1]
-        known = type(linear) is nn.Linear and linear.weight.dtype == hidden.dtype and hidden.dtype in KINDS
+        known = type(linear) in (nn.Linear, LMHead) and linear.weight.dtype == hidden.dtype and hidden.dtype in KINDS
         if torch.is_grad_enabled() or not known or hidden.device.type != "cpu" or not rows or _hooked(linear) or (
             rows > FEW_ROWS and _has_native_bf16(hidden.dtype)
         ):  # fmt: skip

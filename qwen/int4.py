@@ -63,7 +63,11 @@ class Int4Linear(nn.Module):
         """(..., in) to (..., out), in the type of `x`."""
         rows = x.numel() // self.in_features
         differentiable = torch.is_grad_enabled() and x.requires_grad  # the kernel has no backward
-        layout = None if rows >= FEW_ROWS or differentiable else self.choose_kernel()
+        if differentiable:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            return _DequantisedProduct.apply(x, self)
+        layout = None if rows >= FEW_ROWS else self.choose_kernel()
         if layout is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantize(x.dtype), bias)
@@ -142,6 +146,20 @@ class Int4Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+
+
+class _DequantisedProduct(torch.autograd.Function):
+    """The product for training what lies below: the dense weight is made again for the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, layer: Int4Linear) -> Tensor:
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return nn.functional.linear(x, layer.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantize(grad.dtype), None
 
 
 def _add_qweight(module: Int4Linear, state: dict[str, Any], prefix: str, local_metadata: dict) -> None:

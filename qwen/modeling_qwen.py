@@ -36,6 +36,7 @@ from .compiled import CompiledReplies, warm_up
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
 from .int4 import check_layers  # importing it also tells transformers how to load Int4 checkpoints
+from .loss import LMHead
 from .push_code import push_code_to
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
@@ -446,7 +447,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)
         self.transformer = QWenModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # transformers would derive it from a class name in its own style
         self.compiled: CompiledReplies | None = None  # set by `compile_replies`
         self.post_init()
@@ -463,12 +464,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         ntk_alpha: Tensor | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) and, with `labels` (B, T; -100 is ignored), the mean next-token loss.
 
         `logits_to_keep` counts the last positions to compute logits of (0 is all): a long prompt needs one row of
-        151,936, not thousands. The other arguments are QWenModel's.
+        151,936, not thousands. `skip_logits` computes the loss without logits to return, in far less memory (see
+        loss.py). The other arguments are QWenModel's.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -482,6 +485,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
+        if skip_logits and labels is not None:
+            loss = self.lm_head(hidden, labels, kwargs.get("num_items_in_batch"))
+            return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states)
         cpu_decoder = self.transformer.cpu_decoder
         logits = self.lm_head(hidden) if cpu_decoder is None else cpu_decoder.linear(hidden, self.lm_head)
         loss = None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 
-from qwen import QWenConfig, QWenLMHeadModel
+from qwen import QWenConfig, QWenLMHeadModel, QWenTokenizer
 
 DATA = Path(__file__).parent / "data"
 MODEL = json.loads((DATA / "model.json").read_text())
@@ -42,6 +42,15 @@ def model(attn: str = "sdpa", **changes: object) -> QWenLMHeadModel:
     model = QWenLMHeadModel(config).eval()
     model.load_state_dict(state_dict())
     return model
+
+
+def checkpoint(directory: Path, **changes: object) -> Path:
+    """The model in a directory, with a vocabulary whose tokens it can all read."""
+    model(**changes).save_pretrained(directory)
+    QWenTokenizer(DATA / "qwen.tiktoken").save_pretrained(directory)
+    ranks = (DATA / "qwen.tiktoken").read_bytes().splitlines(keepends=True)[:700]
+    (directory / "qwen.tiktoken").write_bytes(b"".join(ranks))
+    return directory
 
 
 def ids(n: int, k: int = 0) -> torch.Tensor:

@@ -19,8 +19,6 @@ from qwen.chatml import encode_messages
 from qwen.gptq import find_scales, importance_order, inverse_factor, quantize_weight
 from utils import load_model_and_tokenizer
 
-VOCABULARY_BYTES = 1000  # rows of the golden model's embedding
-
 
 def correlated_inputs(count: int, size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -43,12 +41,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Tensor:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The golden model in a directory, with a vocabulary whose tokens it can all read."""
-    directory = tmp_path / "tiny"
-    golden.model(vocab_size=VOCABULARY_BYTES).save_pretrained(directory)
-    QWenTokenizer(golden.DATA / "qwen.tiktoken").save_pretrained(directory)
-    ranks = (golden.DATA / "qwen.tiktoken").read_bytes().splitlines(keepends=True)[:700]
-    (directory / "qwen.tiktoken").write_bytes(b"".join(ranks))
-    return directory
+    return golden.checkpoint(tmp_path / "tiny")
 
 
 @pytest.fixture
@@ -269,8 +262,8 @@ def test_samples_that_are_held_out() -> None:
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [', r"a\.jsonl:2: not valid JSON"),
         ("a.json", '[\n{"messages": 1},\n]', r"a\.json:3: not valid JSON"),
         ("a.json", '[{"text": "a"}]', r"a\.json: sample 1: a sample is"),
-        ("a.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}', r"a\.jsonl:1: a message has"),
-        ("a.jsonl", '{"messages": ["a"]}', r"a\.jsonl:1: a message has"),
+        ("a.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}', r"a\.jsonl:1: turn 1: tool is out of place"),
+        ("a.jsonl", '{"messages": ["a"]}', r"a\.jsonl:1: turn 1: a message has"),
         ("a.txt", " \n", "is empty"),
     ],
 )

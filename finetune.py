@@ -1,0 +1,207 @@
+"""Fine-tune Qwen-7B: all weights, LoRA or Q-LoRA, on a CPU, one GPU or many.
+
+python finetune.py --model_name_or_path demo --data_path finetune/sample.jsonl --output_dir output --use_lora True
+python finetune.py --check_data finetune/sample.jsonl
+
+finetune/*.sh start it on all GPUs of one or several machines; finetune/README.md describes data, memory and flags.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers.utils import logging
+
+from demo_checkpoint import ensure_demo_checkpoint
+from qwen import QWenTokenizer
+from qwen.errors import QwenError
+from training.arguments import Settings, TrainingArguments, parse_settings, stage
+from training.checkpoints import check_same_run, find_resumable
+from training.conversations import read_conversations
+from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
+from training.models import check_source, count_parameters, load_model
+from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
+from training.report import describe_dataset, print_report
+from training.trainer import QwenTrainer
+from utils import DTYPES, find_checkpoint, load_config, run_script
+
+ROOT = Path(__file__).resolve().parent
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
+    return parse_settings(sys.argv[1:] if argv is None else argv, __doc__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        settings = parse_args(argv)
+        if settings.data.check_data is not None:
+            return check_data(settings)
+        return train(settings)
+    except SafetensorError as error:
+        raise QwenError(
+            f"{settings.training.output_dir} can't be written ({error}): free some space, then resume"
+        ) from None
+    except QwenError:
+        if int(os.environ.get("RANK", 0)):
+            sys.exit(1)  # the first process says it
+        raise
+
+
+def train(settings: Settings) -> int:
+    """One run from data to saved model; its exit status."""
+    data, training = settings.data, settings.training
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, about each other
+    set_seed(training.seed)
+    resume = find_resumable(prepare_output(training), training.resume_from_checkpoint)
+    conversations = [read_conversations(Path(path)) for path in (data.data_path, data.eval_data_path) if path]
+    with training.main_process_first(local=True, desc="download"):
+        directory = find_checkpoint(settings.model.model_name_or_path, settings.model.hub, settings.model.revision)
+    check_source(directory, settings.lora)
+    tokenizer = load_tokenizer(directory, settings)
+    datasets = [make_dataset(each, tokenizer, settings) for each in conversations]
+    facts = {"data": datasets[0].fingerprint(), "loss_on": data.loss_on, "seed": training.seed,
+             "adapter": settings.lora.use_lora}  # fmt: skip
+    if resume is not None:
+        check_same_run(resume, facts)
+    check_steps(len(datasets[0]), settings)
+    model = load_model(settings, directory, tokenizer)
+    parameters = count_parameters(model)
+    trainer = QwenTrainer(
+        model=model,
+        args=training,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1] if len(datasets) > 1 else None,
+        processing_class=tokenizer,
+        data_collator=PaddingCollator(tokenizer.eod_id) if data.padding else collate,
+        facts=facts,
+        base=base_name(settings),
+    )
+    stopper, progress = StopOnSignal(), Progress(trainer)
+    for shown_otherwise in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown_otherwise)
+    for callback in (progress, Watch(), stopper):
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        announce(settings, datasets, parameters, resume)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return finish(trainer, progress, stopper, settings, parameters)
+
+
+def prepare_output(training: TrainingArguments) -> Path:
+    """The output directory, made; QwenError if it can't be."""
+    output = Path(training.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QwenError(f"--output_dir {output} can't be made ({error.strerror}): give another directory") from error
+    return output
+
+
+def load_tokenizer(directory: Path, settings: Settings) -> QWenTokenizer:
+    """The checkpoint's tokenizer; a warning where samples may be longer than the model was trained for."""
+    config = load_config(directory)
+    longest = settings.data.model_max_length
+    if longest > config.seq_length:
+        print(f"--model_max_length {longest} is more than this model's training length {config.seq_length}: longer "
+              "samples teach it positions it has never seen.", file=sys.stderr)  # fmt: skip
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def make_dataset(
+    conversations: list, tokenizer: QWenTokenizer, settings: Settings
+) -> TokenDataset | PackedDataset | LazyDataset:
+    """Tokenised (or soon to be) samples; QwenError if none has anything to learn from."""
+    data = settings.data
+    if data.lazy_preprocess:
+        return LazyDataset(conversations, tokenizer, data.model_max_length, data.loss_on)
+    quiet = not settings.training.should_log
+    samples = tokenize(conversations, tokenizer, data.model_max_length, data.loss_on, quiet)
+    if not len(samples):
+        raise QwenError(
+            f"no sample of {data.data_path} can be trained on ({describe_dataset(samples)}): give replies to learn, or "
+            f"raise --model_max_length {data.model_max_length}"
+        )
+    if not quiet:
+        print(describe_dataset(samples), file=sys.stderr)
+    return PackedDataset(samples, pack(samples.lengths, data.model_max_length)) if data.packing else samples
+
+
+def check_steps(samples: int, settings: Settings) -> None:
+    """QwenError if the data would not make a single step."""
+    training = settings.training
+    batch = training.per_device_train_batch_size * training.world_size
+    if training.dataloader_drop_last and samples < batch:
+        raise QwenError(
+            f"{samples} samples or packs don't fill a batch of {batch}, and --dataloader_drop_last drops the rest: no "
+            "step would be made"
+        )
+
+
+def announce(settings: Settings, datasets: list, parameters: tuple[int, int], resume: Path | None) -> None:
+    """Say what is about to be trained, and on what."""
+    training = settings.training
+    method = "Q-LoRA" if settings.lora.q_lora else "LoRA" if settings.lora.use_lora else "all weights"
+    print(
+        f"Training {settings.model.model_name_or_path} ({method}: {parameters[0]:,} of {parameters[1]:,} parameters) "
+        f"in {training.precision} on {training.world_size} x {training.device.type}, {len(datasets[0]):,} "
+        f"{'packs' if settings.data.packing else 'samples'}, learning rate {training.learning_rate:g}"
+        + (f"; going on from {resume}" if resume else ""),
+        file=sys.stderr,
+    )
+
+
+def finish(
+    trainer: QwenTrainer, progress: Progress, stopper: StopOnSignal, settings: Settings, parameters: tuple[int, int]
+) -> int:
+    """Evaluate, save and report; or say how a stopped run goes on."""
+    training, output = settings.training, Path(settings.training.output_dir)
+    if stopper.signal is not None:
+        print(f"Stopped at step {trainer.state.global_step}: the same command with --resume_from_checkpoint True goes "
+              "on from there.", file=sys.stderr)  # fmt: skip
+        return 128 + stopper.signal
+    if trainer.state.global_step == 0:
+        raise QwenError("no step was made: look at --max_steps, --num_train_epochs and the number of samples")
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    if isinstance(trainer.model, PreTrainedModel) and not stage(training):
+        trainer.model.to(DTYPES[training.precision])  # as it was computed with; checkpoints keep float32
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(output / "trainer_state.json"))
+        drawn = draw_curve(progress.records, output / CURVE)
+        print("\n" + progress.table(parameters))
+        print(f"\nSaved in {output}, the log in {output / LOG}{f', the curve in {output / CURVE}' if drawn else ''}.\n"
+              f"python cli_demo.py -c {output}")  # fmt: skip
+    return 0
+
+
+def base_name(settings: Settings) -> tuple[str, str | None]:
+    """What an adapter records: a directory in full, `demo` or a hub name as given, and the revision."""
+    name = settings.model.model_name_or_path
+    return str(Path(name).resolve()) if Path(name).is_dir() else name, settings.model.revision
+
+
+def check_data(settings: Settings) -> int:
+    """Report on a file of conversations; no model is loaded."""
+    path, name = Path(settings.data.check_data), settings.model.model_name_or_path
+    conversations = read_conversations(path)
+    if name == "demo" or Path(name).is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(name))
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.model.revision)
+        except OSError:
+            print(f"The vocabulary of {name} is not to be had: counting with the demo model's.", file=sys.stderr)
+            tokenizer = AutoTokenizer.from_pretrained(ensure_demo_checkpoint())
+    samples = tokenize(conversations, tokenizer, settings.data.model_max_length, settings.data.loss_on)
+    print_report(path, conversations, samples, tokenizer, settings.data)
+    return 0 if len(samples) else 1
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,237 @@
+"""The flags of finetune.py: those of the published script, those of transformers' Trainer, and what lies between them.
+
+Whatever can't work is refused here, before a file is downloaded or a model loaded.
+"""
+
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from hub import HUBS
+from qwen.errors import QwenError
+from utils import DEFAULT_CHECKPOINT, computes_bf16
+
+from .attention import PACKED
+from .masks import LOSS_ON
+
+LORA_RATE, FULL_RATE = 3e-4, 1e-5  # what the publisher trained with
+# Names of older transformers, which scripts from that time pass.
+RENAMED = {
+    "--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps", "--no_cuda": "--use_cpu",
+    "--gradient_checkpointing": "--activation_checkpointing",
+    "--gradient_checkpointing_kwargs": "--activation_checkpointing_kwargs",
+}  # fmt: skip
+
+
+def option(default: Any, text: str, *aliases: str, **more: Any) -> Any:
+    """A dataclass field with the help that its flag shows."""
+    metadata = {"help": text, "aliases": list(aliases)} | more
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = option(
+        DEFAULT_CHECKPOINT, "Directory, hub name, or `demo`.", "-c", "--checkpoint-path", "--checkpoint_path"
+    )
+    hub: str = option(HUBS[0], "Where hub names are looked up.", choices=HUBS)
+    revision: str | None = option(None, "Branch, tag or commit of a hub checkpoint.")
+    attn: str = option(
+        PACKED, "Attention: packed keeps the samples of a row apart by itself; so do flash_attention_2 and sdpa.",
+        choices=[PACKED, "sdpa", "flash_attention_2", "flash_attention_3", "eager"],
+    )  # fmt: skip
+
+
+@dataclass
+class DataArguments:
+    data_path: str | None = option(None, "Training conversations, JSON or JSON lines (see finetune/README.md).", "-d")
+    eval_data_path: str | None = option(None, "Conversations to measure the loss on, with --eval_strategy.")
+    check_data: str | None = option(None, "Only look at this file: counts, lengths, what carries loss.")
+    model_max_length: int = option(8192, "Longest sample in tokens; longer ones are cut after a whole reply.")
+    loss_on: str = option(
+        "assistant", "What carries loss: all replies, the last one, or the published recipe's mask.", choices=LOSS_ON
+    )
+    packing: bool = option(False, "Fill every row with samples up to --model_max_length tokens.")
+    padding: bool = option(False, "Pad a batch to its longest sample in place of one row without padding.")
+    lazy_preprocess: bool = option(False, "Tokenise while training; no packing, no counts before it starts.")
+
+
+@dataclass
+class LoraArguments:
+    use_lora: bool = option(False, "Train an adapter (LoRA) in place of all weights.")
+    q_lora: bool = option(False, "LoRA over 4-bit weights: of a GPTQ checkpoint, or made with bitsandbytes (nf4).")
+    lora_r: int = option(64, "Rank of the adapter.")
+    lora_alpha: int = option(16, "Scale of the adapter: alpha / r.")
+    lora_dropout: float = option(0.05, "Dropout before the adapter.")
+    lora_target_modules: list[str] = option(["c_attn", "c_proj", "w1", "w2"], "Layers that get an adapter.")
+    lora_bias: str = option("none", "Biases to train: none, all, or those of adapted layers.",
+                            choices=["none", "all", "lora_only"])  # fmt: skip
+    use_dora: bool = option(False, "DoRA: adapt magnitude and direction apart.")
+    use_rslora: bool = option(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r).")
+    train_embeddings: bool = option(
+        False, "Also train embedding and head whole (1.24 B parameters of Qwen-7B): for a base model to learn ChatML."
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """The Trainer's flags with defaults for this model."""
+
+    fp32: bool = option(
+        False, "Train in float32; by default bf16 where the device computes it, else fp16, on CPUs fp32."
+    )
+    learning_rate: float | None = option(None, f"Default: {LORA_RATE} for adapters, {FULL_RATE} for all weights.")
+    per_device_train_batch_size: int = option(2, "Samples (or packs) a device and forward pass.")
+    gradient_accumulation_steps: int = option(8, "Passes to add up before the weights change.")
+    lr_scheduler_type: str = option("cosine", "How the learning rate falls.")
+    warmup_steps: float = option(0.01, "Steps, or below 1 the share of all steps, until the full learning rate.")
+    weight_decay: float = option(0.1, "Weight decay.")
+    adam_beta2: float = option(0.95, "Adam's beta2.")
+    logging_steps: float = option(1, "Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = option(False, "Leave NaN out of the logged loss; training stops at NaN otherwise.")
+    remove_unused_columns: bool = option(False, "Not used: the batches hold what the model reads.")
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if not (self.bf16 or self.fp16 or self.fp32):
+            device = "cpu" if self.use_cpu else torch.accelerator.current_accelerator().type
+            self.bf16 = computes_bf16(device)
+            self.fp16 = not self.bf16 and device != "cpu"
+        if self.use_cpu:
+            self.dataloader_pin_memory = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # each is used; looking for others costs time
+        if not self.report_to or self.report_to in ("none", ["none"]):
+            self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
+        if self.deepspeed:
+            self.deepspeed = prepare_deepspeed(self.deepspeed, self.use_cpu)
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError, OSError) as error:
+            raise QwenError(" ".join(str(error).split())) from error
+        if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
+            print(
+                f"One of {self.n_gpu} GPUs is used: start with torchrun, or finetune/*.sh, to use all.", file=sys.stderr
+            )
+            self._n_gpu = 1
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+@dataclass
+class Settings:
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    training: TrainingArguments
+
+
+class ArgumentParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise QwenError(f"{message}; --help shows all flags")
+
+
+def parse_settings(argv: list[str], description: str) -> Settings:
+    """Parse and check the command line; QwenError for whatever can't work."""
+    groups = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
+    parser = ArgumentParser(groups, description=description, allow_abbrev=False)
+    argv = [renamed(argument) for argument in argv]
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        like = difflib.get_close_matches(unknown[0], known, n=1)
+        raise QwenError(f"{unknown[0]} is no flag{f': did you mean {like[0]}?' if like else '; --help shows all'}")
+    settings = Settings(*parsed)
+    settings.lora.use_lora |= settings.lora.q_lora
+    if settings.training.learning_rate is None:
+        settings.training.learning_rate = LORA_RATE if settings.lora.use_lora else FULL_RATE
+    if settings.data.check_data is None:
+        check_settings(settings)
+    return settings
+
+
+def renamed(argument: str) -> str:
+    """A flag by its name of today."""
+    name, equals, value = argument.partition("=")
+    new = RENAMED.get(name, name)
+    known = {f"--{each.name}" for each in fields(transformers.TrainingArguments)}
+    return (new if new in known else name) + equals + value
+
+
+def check_settings(settings: Settings) -> None:
+    """QwenError for flags that contradict each other or can't work."""
+    data, lora, training = settings.data, settings.lora, settings.training
+    if data.data_path is None:
+        raise QwenError("--data_path is missing: give a file of conversations; finetune/sample.jsonl is one")
+    if data.model_max_length < 16:
+        raise QwenError(f"--model_max_length {data.model_max_length}: a sample of a question and a reply takes more")
+    if data.packing and data.lazy_preprocess:
+        raise QwenError("--packing needs all lengths before it starts: leave --lazy_preprocess out")
+    if data.padding and data.packing:
+        raise QwenError("--packing fills rows so that nothing is padded: leave --padding out")
+    if data.padding and settings.model.attn == PACKED:
+        settings.model.attn = "sdpa"
+    if training.eval_strategy.value != "no" and data.eval_data_path is None:
+        raise QwenError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
+    if not lora.use_lora and (lora.use_dora or lora.use_rslora or lora.train_embeddings):
+        raise QwenError("--use_dora, --use_rslora and --train_embeddings belong to adapters: add --use_lora True")
+    if lora.use_lora and (lora.lora_r < 1 or lora.lora_alpha <= 0 or not lora.lora_target_modules):
+        raise QwenError("--lora_r and --lora_alpha must be above 0, and --lora_target_modules not empty")
+    if training.learning_rate <= 0:
+        raise QwenError(
+            f"--learning_rate {training.learning_rate}: nothing would be learned; try {LORA_RATE} or {FULL_RATE}"
+        )
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise QwenError(f"--num_train_epochs {training.num_train_epochs}: no step would be made")
+    if lora.q_lora and is_sharded(training):
+        raise QwenError("4-bit weights can't be split over GPUs: Q-LoRA runs with ZeRO-2 or on one GPU")
+
+
+# ---- DeepSpeed and FSDP ----
+
+
+def is_sharded(training: TrainingArguments) -> bool:
+    """Whether each process holds only a part of the weights."""
+    return stage(training) == 3 or bool(training.fsdp)
+
+
+def stage(training: TrainingArguments) -> int:
+    """The ZeRO stage; 0 without DeepSpeed."""
+    config = training.deepspeed if isinstance(training.deepspeed, dict) else {}
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def prepare_deepspeed(config: str | dict[str, Any], use_cpu: bool) -> dict[str, Any]:
+    """The DeepSpeed config, read and checked, and the environment that DeepSpeed wants."""
+    if find_spec("deepspeed") is None:
+        raise QwenError("--deepspeed needs the package deepspeed: pip install deepspeed; one GPU does without it")
+    if isinstance(config, str):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise QwenError(f"--deepspeed {config} is no JSON file that can be read ({error})") from None
+    if config.pop("scheduler", None):
+        print("DeepSpeed's `scheduler` section is left out: it would override --lr_scheduler_type.", file=sys.stderr)
+    if "RANK" not in os.environ:  # without a launcher DeepSpeed would ask for MPI
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
+    bin_directory = str(Path(sys.executable).parent)  # where ninja is, which compiles DeepSpeed's optimisers
+    if bin_directory not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = bin_directory + os.pathsep + os.environ["PATH"]
+    if use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return config
