@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="memory for keys and values (default: half of what is free, of a GPU 85%%)")  # fmt: skip
     limits.add_argument("--chunk", type=int, default=128, metavar="N",
                         help="tokens of a prompt read between two steps of others (default: 128)")  # fmt: skip
-    limits.add_argument("--max-new-tokens", type=int, default=2048, metavar="N",
+    limits.add_argument("--max-new-tokens", type=int, default=1024, metavar="N",
                         help="longest reply where a request sets no limit (default: %(default)s)")  # fmt: skip
     limits.add_argument("--max-n", type=int, default=8, metavar="N", help="largest n (default: %(default)s)")
     limits.add_argument("--max-messages", type=int, default=1024, metavar="N", help="messages of a chat")
@@ -178,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     listener = listen(args.server_name, args.server_port)
     host, port = listener.getsockname()[:2]
     server = Server(settings)
-    config = uvicorn.Config(create_app(server), log_level="warning", timeout_graceful_shutdown=int(args.grace) + 5)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    config = uvicorn.Config(create_app(server), log_config=None, timeout_graceful_shutdown=int(args.grace) + 5)
     uvicorn_server = GracefulServer(config, server, args.grace)
     failures: list[BaseException] = []
     threading.Thread(

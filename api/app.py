@@ -209,18 +209,24 @@ class Gate:
             await send(message)
 
         try:
-            self.check_key(scope)
-            whole = await asyncio.wait_for(self.read_body(scope, receive), BODY_SECONDS)
-            if whole is not None:
-                await self.app(scope, replay(whole, receive), count)
-        except ApiError as error:
-            await error.response()(scope, receive, count)
-        except asyncio.TimeoutError:
-            await ApiError(408, "the body did not arrive in time").response()(scope, receive, count)
+            body = await self.admit(scope, receive)
+            if isinstance(body, ApiError):
+                await body.response()(scope, receive, count)
+            elif body is not None:
+                await self.app(scope, replay(body, receive), count)
         finally:
-            route = scope.get("route")
-            path = getattr(route, "path", "other")
+            path = getattr(scope.get("route"), "path", "other")
             self.server.metrics.requests.labels(path, str(status)).inc()
+
+    async def admit(self, scope: Scope, receive: Receive) -> bytes | ApiError | None:
+        """The body of a request that may come in, or why it may not; None where the client hung up before its end."""
+        try:
+            self.check_key(scope)
+            return await asyncio.wait_for(self.read_body(scope, receive), BODY_SECONDS)
+        except ApiError as error:
+            return error
+        except asyncio.TimeoutError:
+            return ApiError(408, f"the body did not arrive in {BODY_SECONDS:g} seconds", code="body_too_slow")
 
     def check_key(self, scope: Scope) -> None:
         if not self.credentials or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":

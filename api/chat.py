@@ -1,11 +1,13 @@
 """/v1/chat/completions: a request to prompts, what the engine writes to messages and deltas."""
 
+import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from qwen import QwenError
 from qwen.chatml import encode_messages
 from qwen.react import ACTION, INPUT, THOUGHT, ReactParser
 from qwen.tools import STOP_WORD, Tool, is_result, read_tool, render_messages
@@ -42,10 +44,12 @@ def plan_chat(server: Server, body: ChatRequest) -> ChatPlan:
         raise ApiError(400, f"messages: at most {server.settings.max_messages} here", "messages", "invalid_value")
     if getattr(server.ready.model.generation_config, "chat_format", "chatml") == "raw":
         raise ApiError(400, "this is a base model, which does not chat: use /v1/completions", "model")
-    offered, choice = read_tools(body)
+    with naming("functions" if body.functions else "tools"):
+        offered, choice = read_tools(body)
     tools = [] if choice == "none" else offered
     messages = [message.plain() for message in body.messages]
-    turns = render_messages(messages, tools)
+    with naming("messages"):
+        turns = render_messages(messages, tools)
     is_open, prefix = is_result(messages[-1]), f"{THOUGHT}\n" if is_result(messages[-1]) else ""
     forced = [tool for tool in tools if choice in ("required", tool.name)] if choice not in ("auto", "none") else []
     if forced:
@@ -57,21 +61,29 @@ def plan_chat(server: Server, body: ChatRequest) -> ChatPlan:
     prompt = encode_messages(tokenizer, turns, add_generation_prompt=not is_open, continue_final_message=is_open)
     max_tokens = server.fit(prompt, body.max_completion_tokens or body.max_tokens, "messages")
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = [
-        Request(
-            prompt,
-            max_tokens,
-            server.sampling(body, top_logprobs, number),
-            [*body.stops, *([STOP_WORD] if tools else [])],
-            server.stop_ids,
-            make_constraint(server, body, tools, forced, prefix),
-        )
-        for number in range(body.n or 1)
-    ]
+    samplings = [server.sampling(body, top_logprobs, number) for number in range(body.n or 1)]
+    stop_words = [*body.stops, *([STOP_WORD] if tools else [])]
+    with naming("response_format" if not tools else "functions" if body.functions else "tools"):
+        requests = [
+            Request(
+                prompt, max_tokens, sampling, stop_words, server.stop_ids,
+                make_constraint(server, body, tools, forced, prefix),
+            )
+            for sampling in samplings
+        ]  # fmt: skip
     if server.settings.log_prompts:
         logger.info("prompt: %s", json.dumps(messages, ensure_ascii=False))
     older_form = bool(body.functions)
     return ChatPlan(requests, tools, prefix, older_form, 1 if older_form or body.parallel_tool_calls is False else None)
+
+
+@contextlib.contextmanager
+def naming(param: str) -> Iterator[None]:
+    """Tell a mistake in this parameter as the client's."""
+    try:
+        yield
+    except QwenError as error:
+        raise ApiError(400, str(error), param, "invalid_value") from error
 
 
 def read_tools(body: ChatRequest) -> tuple[list[Tool], str]:

@@ -170,7 +170,11 @@ class Engine:
                         self.wake.wait()
                     if self.closing is not None and not self.running and not self.waiting:
                         return
-                self._step()
+                try:
+                    self._step()
+                except Exception as error:  # nothing that can be foreseen; still nobody shall wait for ever
+                    for job in (*self.running, *self.waiting):
+                        self._fail(job, error)
 
     def _step(self) -> None:
         """Drop who is done with, let in who fits, read one chunk of one prompt, then one token for all others."""

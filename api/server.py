@@ -37,7 +37,7 @@ class Settings:
     max_body: int = 8 * 2**20  # bytes
     max_messages: int = 1024
     max_n: int = 8
-    max_new_tokens: int = 2048  # of a reply whose request does not say
+    max_new_tokens: int = 1024  # of a reply whose request does not say
     keep_alive: float = 15.0  # seconds between comments in a stream that has nothing to say
     log_prompts: bool = False
 
@@ -181,6 +181,8 @@ def reply_error(error: Exception) -> ApiError:
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, Closed):
         return ApiError(503, str(error), code="shutting_down", retry_after=30)
+    if isinstance(error, ConnectionError):
+        return ApiError(499, str(error))  # which nobody reads
     if not isinstance(error, QwenError):
         logger.error("a reply failed", exc_info=error)
     return ApiError(500, f"the reply failed: {describe_error(error)}", code="reply_failed")

@@ -165,15 +165,16 @@ async def measure(target: Target, clients: int, requests: int) -> Cell:
     async def watch() -> None:
         while True:
             begin = time.perf_counter()
-            await get(target.port, "/health" if target.ours else "/v1/models")
+            await get(target.port, "/health")
             cell.health.append(time.perf_counter() - begin)
             await asyncio.sleep(0.2)
 
-    watcher = asyncio.create_task(watch())
+    watchers = [asyncio.create_task(watch())] if target.ours else []  # peers may have other paths for it
     begin = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     cell.seconds = time.perf_counter() - begin
-    watcher.cancel()
+    for watcher in watchers:
+        watcher.cancel()
     return cell
 
 
@@ -195,7 +196,8 @@ def print_table(names: Sequence[str], clients: Sequence[int], cells: dict[tuple[
             first, between = (
                 f"{percentile(times, 0.5):.0f} / {percentile(times, 0.95):.0f}" for times in (cell.first, cell.between)
             )
-            print(f"| {name} | {count} | {cell.speed:.1f} | {first} | {between} | {1000 * max(cell.health):.0f} |")
+            health = f"{1000 * max(cell.health):.0f}" if cell.health else "–"
+            print(f"| {name} | {count} | {cell.speed:.1f} | {first} | {between} | {health} |")
     for count in clients:
         ratios = [f"{cells[names[0], count].speed / cells[name, count].speed:.2f}x {name}" for name in names[1:]]
         if ratios:

@@ -3,7 +3,10 @@
 import asyncio
 import json
 import runpy
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ from pydantic import BaseModel
 
 import live_server
 from api.server import Server, Settings
-from openai_api import make_settings, parse_args, read_credentials
+from openai_api import main, make_settings, parse_args, read_credentials
 from qwen import QwenError, QWenTokenizer
 
 KEY = "sk-secret"
@@ -398,8 +401,9 @@ REFUSED: list[tuple[dict, str | None, str | None]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options", None),
     ({"response_format": {"type": "xml"}}, "response_format.type", None),
     ({"response_format": {"type": "json_schema"}}, "response_format", None),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}}, None, None),
-    ({"tools": [{"type": "function", "function": {}}]}, None, None),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}},
+     "response_format", None),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools", None),
     ({"tools": [WEATHER, WEATHER]}, "tools", None),
     ({"tool_choice": "required"}, "tool_choice", None),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", None),
@@ -417,7 +421,7 @@ REFUSED: list[tuple[dict, str | None, str | None]] = [
     ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", None),
     ({"messages": [{"role": "user"}]}, "messages[0]", None),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", None),
-    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, None, None),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages", None),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
      "messages[0].content[0].type", None),
     ({"messages": [{"role": "user", "content": "word " * 1200}]}, "messages", "context_length_exceeded"),
@@ -453,8 +457,6 @@ def test_completions_refuse_too(http: httpx.Client) -> None:
 
 
 def test_a_missing_grammar_library_is_said(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "llguidance", None)
     response = http.post("/v1/chat/completions", json={**USER, "response_format": {"type": "json_object"}})
     assert response.status_code == 400 and "pip install llguidance" in response.json()["error"]["message"]
@@ -527,6 +529,51 @@ def test_where_keys_come_from(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
     ):  # fmt: skip
         with pytest.raises(QwenError, match=message):
             make_settings(parse_args(flags))
+
+
+def test_mistakes_are_one_sentence(address: str, tmp_path: Path) -> None:
+    port = address.rpartition(":")[2]
+    for flags, message in (
+        (["-c", str(tmp_path), "--server-port", "0"], "config.json"),
+        (["-c", "demo", "--server-port", port], f"can't listen on 127.0.0.1:{port} .*choose another --server-port"),
+        (["-c", "demo", "--server-name", "no.such.host.invalid"], "can't listen on no.such.host.invalid"),
+        (["-c", "demo", "--server-port", "0", "--kv-cache-gib", "0.001"], "set --kv-cache-gib higher"),
+    ):
+        with pytest.raises(QwenError, match=message):
+            main(flags)
+
+
+def test_the_script_serves_and_ends_gracefully(demo_checkpoint: Path) -> None:
+    """Told to stop in the middle of a stream, it ends the stream first."""
+    script = Path(__file__).parent.parent / "openai_api.py"
+    command = [
+        sys.executable,
+        str(script),
+        "-c",
+        "demo",
+        "--dtype",
+        "bf16",
+        "--server-port",
+        "0",
+        "--kv-cache-gib",
+        "1",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        address = next(line for line in process.stderr if line.startswith("serving")).split()[3].removesuffix("/v1")
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{address}/health").status_code == 503 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        body = {"messages": [{"role": "user", "content": "Count."}], "stream": True, "max_tokens": 25, "temperature": 0,
+                "logit_bias": {"49148": -100}}  # fmt: skip
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            process.terminate()
+            rest = list(lines)
+        told = process.stderr.read()
+    assert first.startswith("data: {") and rest[-2] == "data: [DONE]" and '"finish_reason":"length"' in rest[-4]
+    assert "finishing running replies" in told and "Traceback" not in told
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_origins(http: httpx.Client) -> None:

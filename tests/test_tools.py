@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
+import live_server
 from qwen import QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.chatml import encode_messages
 from qwen.react import ReactParser, ToolCall, join_deltas
 from qwen.tools import Tool, parse_reply, read_tool, render_messages, run_with_tools
-from utils import load_model_and_tokenizer
 
 SEARCH = {
     "name_for_human": "夸克搜索",
@@ -257,12 +256,12 @@ class Script(LogitsProcessor):
 
 
 @pytest.fixture(scope="module")
-def demo(demo_checkpoint: Path) -> tuple[QWenLMHeadModel, QWenTokenizer]:
-    return load_model_and_tokenizer(demo_checkpoint, device="cpu", dtype="fp32")
+def tiny(tokenizer: QWenTokenizer) -> tuple[QWenLMHeadModel, QWenTokenizer]:
+    return live_server.tiny_model(), tokenizer
 
 
-def test_the_loop_calls_functions_and_tells_their_errors(demo: tuple) -> None:
-    model, tokenizer = demo
+def test_the_loop_calls_functions_and_tells_their_errors(tiny: tuple) -> None:
+    model, tokenizer = tiny
     replies = [
         'Thought: hm\nAction: population\nAction Input: {"city": "Atlantis"}\nObservation: none',
         " wrong.\nAction: census\nAction Input: {}",
@@ -294,8 +293,8 @@ def test_the_loop_calls_functions_and_tells_their_errors(demo: tuple) -> None:
     assert last.count("<|im_start|>") == 5 and "Final Answer: Hello!" in last
 
 
-def test_the_loop_ends(demo: tuple) -> None:
-    model, tokenizer = demo
+def test_the_loop_ends(tiny: tuple) -> None:
+    model, tokenizer = tiny
     call = 'Action: population\nAction Input: {"city": "Rome"}'
     settings = {"do_sample": False, "max_new_tokens": 40}
     script = Script(tokenizer, [call, call])
