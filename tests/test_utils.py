@@ -195,7 +195,7 @@ def test_adapter_directory(tmp_path: Path) -> None:
 PEAK = """
 import sys
 from pathlib import Path
-from utils import load_model_and_tokenizer
+from utils import DTYPES, load_model_and_tokenizer, load_model_for_training
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -211,7 +211,11 @@ def watch():
 before = memory("RssAnon")
 thread = threading.Thread(target=watch)
 thread.start()
-model, _ = load_model_and_tokenizer(sys.argv[1], device="cpu", dtype=sys.argv[2])
+directory, dtype, way = sys.argv[1:]
+if way == "chat":
+    model, _ = load_model_and_tokenizer(directory, device="cpu", dtype=dtype)
+else:
+    model = load_model_for_training(Path(directory), DTYPES[dtype], {"": "cpu"})
 loading = False
 thread.join()
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -220,11 +224,11 @@ print((peak - before) / weights)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_loading_takes_little_more_than_the_weights(dtype: str, demo_checkpoint: Path) -> None:
+@pytest.mark.parametrize(("dtype", "way"), [("bf16", "chat"), ("fp32", "chat"), ("fp32", "training")])
+def test_loading_takes_little_more_than_the_weights(dtype: str, way: str, demo_checkpoint: Path) -> None:
     """Memory that cannot be dropped again (the files' own pages can), while loading as stored and while converting."""
     run = subprocess.run(
-        [sys.executable, "-c", PEAK, str(demo_checkpoint), dtype],
+        [sys.executable, "-c", PEAK, str(demo_checkpoint), dtype, way],
         cwd=Path(utils.__file__).parent, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

@@ -121,6 +121,10 @@ class TrainingArguments(transformers.TrainingArguments):
             super().__post_init__()
         except (ValueError, ImportError, OSError) as error:
             raise QwenError(" ".join(str(error).split())) from error
+        if self.deepspeed and self.use_cpu:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo")  # ZeRO-3 splits the weights while they load, before the Trainer does it
         if self.parallel_mode.value == "not_distributed" and self.n_gpu > 1:
             print(
                 f"One of {self.n_gpu} GPUs is used: start with torchrun, or finetune/*.sh, to use all.", file=sys.stderr

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -32,8 +31,7 @@ class QwenTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model.config.use_cache = True  # as it is to be saved; batches say False
         # An adapter on the head adds to logits: then there must be some.
-        head = model.get_output_embeddings()
-        self.skip_logits = not isinstance(head, BaseTunerLayer)
+        self.skip_logits = not hasattr(model.get_output_embeddings(), "lora_A")
 
     # ---- loss ----
 
