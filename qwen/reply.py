@@ -60,11 +60,17 @@ class ReplyDecoder:
         stop_ids: tokens that end the reply.
         stop_words: words that end it, as text (found across token borders) or as ids. Ids of regular tokens mean
             their text; a sequence with a control token in it is compared by ids.
+        strip: leave blanks at both ends of the reply out; code and other raw continuations need them.
     """
 
     def __init__(
-        self, tokenizer: "QWenTokenizer", stop_ids: Collection[int] = (), stop_words: Iterable[StopWord] = ()
+        self,
+        tokenizer: "QWenTokenizer",
+        stop_ids: Collection[int] = (),
+        stop_words: Iterable[StopWord] = (),
+        strip: bool = True,
     ) -> None:
+        self.strip = strip
         self.tokens = 0
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -121,9 +127,9 @@ class ReplyDecoder:
 
     def _show(self, text: str) -> str:
         """Show `text`, the beginning of what is held, without blanks at either end of the reply."""
-        shown = text.rstrip()
+        shown = text.rstrip() if self.strip else text
         self._held = self._held[len(shown) :]
-        if not self.text:
+        if self.strip and not self.text:
             shown = shown.lstrip()
         self.text += shown
         return shown
