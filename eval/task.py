@@ -1,7 +1,8 @@
 """What a benchmark is to the runner: samples, the prompt of each, and what its answer is worth.
 
-A script subclasses `Task`. The runner calls its methods in this order: `load`, `prompt` for each sample, `judge_all` with
-what the model answered, `scores`. Everything but `prompt` works without a model, so a finished run can be scored again.
+A script subclasses `Task`. The runner calls its methods in this order: `load`, `prompt` for each sample, `judge_all`
+with what the model answered, `scores`. Everything but `prompt` works without a model, so that a finished run can be
+scored again.
 """
 
 import argparse
