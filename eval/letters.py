@@ -12,7 +12,7 @@ LETTERS = "ABCD"
 
 # ---- the standard protocol ----
 
-_LETTER = r"([ABCD])(?![A-Za-z'’+#]|\s+[a-z]+\s+[a-z])"  # not the article of "A bird in the hand"
+_LETTER = r"(A(?!\s+[a-z]+\s+[a-z])|[BCD])(?![A-Za-z'’+#])"  # not the article of "A bird in the hand"
 _OPEN = r"[\s(（\[【\"'“*_$]*(?:\\boxed\{|\\text\{)*"
 _STATED = [
     re.compile(r"\b[Aa]nswer(?: to \w+(?: \w+){0,3})?(?: is| would be| should be|:|：)+(?: *\n)*"

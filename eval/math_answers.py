@@ -28,7 +28,9 @@ def same_number(a: Decimal | float | None, b: Decimal | float | None) -> bool:
 def published_last_number(text: str) -> int | None:
     """What the published script for base models read: the last run of digits, so 1,000 is 0 and 3.5 is 5."""
     digits = re.findall(r"\d+", text)
-    return int(digits[-1]) if digits else None
+    if not digits or re.fullmatch(r"0+[1-9]\d*", digits[-1]):  # 007 was a syntax error to it
+        return None
+    return int(digits[-1])
 
 
 def published_gold(answer: str) -> float:
@@ -40,6 +42,6 @@ def published_chat_number(text: str) -> float | None:
     """What the published script for chat models read: the last match of its pattern, if that is a number."""
     pattern = r"[+-]?(?=\d|\.\d)(?:0|[1-9]\d{0,2}(?:,\d{3})*|\d*)?(?:\.\d*)?(?=\D|$)"
     found = [match.group().replace(",", "").replace("+", "") for match in re.finditer(pattern, text)]
-    if not found or re.fullmatch(r"-?0+[1-9]\d*", found[-1]):  # 007 was a syntax error to it
+    if not found or re.fullmatch(r"-?0+[1-9]\d*", found[-1]):
         return None
     return float(found[-1])

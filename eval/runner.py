@@ -46,6 +46,9 @@ def make_parser(task: type[Task], description: str | None) -> argparse.ArgumentP
     group.add_argument("--subjects", nargs="+", metavar="NAME", help="only these (default: all)")
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N samples of each subject")
     group.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help=f"longest reply (default: {task.max_new_tokens})"
+    )
+    group.add_argument(
         "--batch-size", type=batch_size, default="auto", metavar="N", help="most prompts at once (default: by memory)"
     )
     group.add_argument("-s", "--seed", type=int, default=1234, help="of whatever is random (default: %(default)s)")

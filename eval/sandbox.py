@@ -116,11 +116,11 @@ def read_message(channel: socket.socket, seconds: float) -> dict[str, Any] | Non
     data = b""
     while not data.endswith(b"\n"):
         left = deadline - time.monotonic()
-        if left <= 0 or len(data) > 65536:
+        if left <= 0 or len(data) > 4096:
             return None
         channel.settimeout(left)
         try:
-            piece = channel.recv(4096)
+            piece = channel.recv(1)  # not more: the next message may follow at once
         except OSError:  # the time is up, or the child was killed
             return None
         if not piece:

@@ -51,10 +51,11 @@ def read_table(
     if absent:
         found = ", ".join(map(str, table.columns))
         raise QwenError(f"{path} has no column {', '.join(absent)} (it has {found}): take the files of {origin.where}")
-    if not header and not as_published and (table[columns[-1]] == "").any():
-        line = int((table[columns[-1]] == "").idxmax()) + 1
+    short = table[columns[-1]].isin([""]) | table[columns[-1]].isna()
+    if not header and not as_published and short.any():
+        line = int(short.idxmax()) + 1
         raise QwenError(f"{path}, row {line}: fewer than {len(columns)} columns ({', '.join(columns)})")
-    return table[list(columns)].astype(str).to_dict("records")
+    return [{str(name): str(cell) for name, cell in row.items()} for row in table[list(columns)].to_dict("records")]
 
 
 def read_json_lines(path: Path, columns: Sequence[str], origin: Origin) -> list[Row]:
