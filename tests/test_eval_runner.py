@@ -16,7 +16,7 @@ from eval import evaluate_chat_gsm8k, evaluate_gsm8k, evaluate_humaneval, evalua
 from eval.engine import Engine, SharedPrefix, common_length, left_padded, plan_batches
 from eval.run_folder import RunFolder, fingerprint
 from eval.task import Prompt
-from qwen import QwenError, QWenLMHeadModel, QWenTokenizer
+from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
 from utils import load_model_and_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +24,22 @@ DATA = golden.DATA / "eval"
 
 
 @pytest.fixture(scope="module")
-def demo(demo_checkpoint: Path) -> tuple[QWenLMHeadModel, QWenTokenizer]:
-    return load_model_and_tokenizer(demo_checkpoint, device="cpu", dtype="fp32")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: QWenTokenizer) -> Path:
+    """A checkpoint of random weights that knows the real vocabulary and is trained, so to say, to 2048 tokens."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 151936, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 2048}
+    model = QWenLMHeadModel(QWenConfig(**{**golden.MODEL["config"], **sizes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path) -> tuple[QWenLMHeadModel, QWenTokenizer]:
+    return load_model_and_tokenizer(tiny, device="cpu", dtype="fp32")
 
 
 def mmlu_flags(checkpoint: Path, output: Path) -> list[str]:
@@ -84,12 +98,12 @@ def test_prompts_beyond_the_training_length_are_not_shared() -> None:
     assert engine._can_share(64) and not engine._can_share(65)
 
 
-def test_batched_equals_unbatched(demo: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
+def test_batched_equals_unbatched(loaded: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
     """Choices and greedy texts, five-shot and eight-shot, in fp32."""
     args = evaluate_mmlu.parse_args(mmlu_flags(Path("demo"), Path("out")))
     task = evaluate_mmlu.EvaluateMmlu(args)
-    prompts = [task.prompt(sample, demo[1], 8192) for sample in task.load()]
-    engine = Engine(*demo, task.choices)
+    prompts = [task.prompt(sample, loaded[1], 8192) for sample in task.load()]
+    engine = Engine(*loaded, task.choices)
     for batch in plan_batches(prompts, 8, None, 0):
         assert batch.shared > 100
         together = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
@@ -101,8 +115,8 @@ def test_batched_equals_unbatched(demo: tuple[QWenLMHeadModel, QWenTokenizer]) -
             )
 
     task = evaluate_gsm8k.EvaluateGsm8k(evaluate_gsm8k.parse_args(["-d", str(DATA / "gsm8k"), "--limit", "3"]))
-    prompts = [task.prompt(sample, demo[1], 8192) for sample in task.load()]
-    engine = Engine(*demo, stops=task.stops(demo[1]), max_new_tokens=12)
+    prompts = [task.prompt(sample, loaded[1], 8192) for sample in task.load()]
+    engine = Engine(*loaded, stops=task.stops(loaded[1]), max_new_tokens=12)
     [batch] = plan_batches(prompts, 3, None, 12)
     assert batch.shared > 1000
     together = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
@@ -110,8 +124,8 @@ def test_batched_equals_unbatched(demo: tuple[QWenLMHeadModel, QWenTokenizer]) -
     assert together == alone
 
 
-def test_memory_that_runs_out_halves_the_batch(demo: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
-    model, tokenizer = demo
+def test_memory_that_runs_out_halves_the_batch(loaded: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
+    model, tokenizer = loaded
     sizes: list[int] = []
 
     def limit(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -136,10 +150,10 @@ def test_memory_that_runs_out_halves_the_batch(demo: tuple[QWenLMHeadModel, QWen
 
 
 @pytest.fixture(scope="module")
-def finished(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of an MMLU run in one go."""
     output = tmp_path_factory.mktemp("finished")
-    evaluate_mmlu.main(mmlu_flags(demo_checkpoint, output))
+    evaluate_mmlu.main(mmlu_flags(tiny, output))
     return run_files(output)
 
 
@@ -158,9 +172,9 @@ def test_result(finished: dict[str, bytes]) -> None:
     assert result["published"]["Qwen-7B, August 2023"]["average (micro)"] == 56.7
 
 
-def test_killed_run_goes_on(demo_checkpoint: Path, tmp_path: Path, finished: dict[str, bytes]) -> None:
+def test_killed_run_goes_on(tiny: Path, tmp_path: Path, finished: dict[str, bytes]) -> None:
     """Killed at some moment after its first answers, once more in the middle of a line; then the same bytes."""
-    flags = mmlu_flags(demo_checkpoint, tmp_path)
+    flags = mmlu_flags(tiny, tmp_path)
     command = [sys.executable, "eval/evaluate_mmlu.py", *flags, "--resume"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -177,20 +191,18 @@ def test_killed_run_goes_on(demo_checkpoint: Path, tmp_path: Path, finished: dic
     assert run_files(tmp_path) == finished
 
 
-def test_two_processes_make_the_same_result(demo_checkpoint: Path, tmp_path: Path, finished: dict[str, bytes]) -> None:
+def test_two_processes_make_the_same_result(tiny: Path, tmp_path: Path, finished: dict[str, bytes]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "eval/evaluate_mmlu.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
-        [*command, *mmlu_flags(demo_checkpoint, tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, *mmlu_flags(tiny, tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("average (micro)") == 1
     assert run_files(tmp_path) == finished
 
 
-def test_rescore_needs_no_model(
-    demo_checkpoint: Path, tmp_path: Path, finished: dict[str, bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rescore_needs_no_model(tmp_path: Path, finished: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
     """Scores follow the answers on disk; the checkpoint is not touched."""
     folder = tmp_path / "run"
     folder.mkdir()
@@ -207,18 +219,18 @@ def test_rescore_needs_no_model(
         record["logprobs"] = dict.fromkeys(record["logprobs"], -9.0) | {f" {entry['right']}": -1.0}
     (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     evaluate_mmlu.main(flags)
-    assert "| average (micro) | 100.00 | 0.000 | 16 | 56.7 |" in capsys.readouterr().out
+    assert "| average (micro) | 100.00 | 0.00 | 16 | 56.7 |" in capsys.readouterr().out
     with pytest.raises(QwenError, match="is a run of mmlu, not of gsm8k"):
         evaluate_gsm8k.main(["--rescore", str(folder)])
     with pytest.raises(QwenError, match="is no folder of a run"):
         evaluate_mmlu.main(["--rescore", str(tmp_path)])
 
 
-def test_answers_to_other_prompts_are_not_kept(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_answers_to_other_prompts_are_not_kept(tiny: Path, tmp_path: Path) -> None:
     """The data changed between two runs: only the questions that did are asked again."""
     problems = [json.loads(line) for line in (DATA / "gsm8k" / "test.jsonl").read_text().splitlines()[:2]]
     data, output = tmp_path / "test.jsonl", tmp_path / "out"
-    flags = ["-c", str(demo_checkpoint), "-d", str(data), "-o", str(output), "--device", "cpu", "--dtype", "fp32"]
+    flags = ["-c", str(tiny), "-d", str(data), "-o", str(output), "--device", "cpu", "--dtype", "fp32"]
     flags += ["--max-new-tokens", "4", "--batch-size", "1"]
     data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     evaluate_chat_gsm8k.main(flags)
@@ -250,7 +262,7 @@ def test_humaneval_runs_no_code_unasked(
     [record] = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert record["text"].startswith("    return 2")
     evaluate_humaneval.main([*flags, "--rescore", str(folder), "--allow-code-execution"])
-    assert "| pass@1 | 100.00 | 0.000 | 1 | 24.4 |" in capsys.readouterr().out
+    assert "| pass@1 | 100.00 | 0.00 | 1 | 24.4 |" in capsys.readouterr().out
 
 
 # ---- folders ----
