@@ -9,6 +9,7 @@ and for how many questions the answers are the same.
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -81,7 +82,9 @@ def run_harness(engine: Engine, task: Task, samples: Sequence[Sample], batch_siz
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=engine.model, tokenizer=engine.tokenizer, batch_size=batch_size, backend="causal")
+    tokenizer = copy.copy(engine.tokenizer)
+    tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"  # the harness wants them named
+    harness = HFLM(pretrained=engine.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
     prompts = [task.question(sample) for sample in samples]
     if not task.choices:
         stops = {"until": list(task.stop_words), "max_gen_toks": engine.max_new_tokens, "do_sample": False}
