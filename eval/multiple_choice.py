@@ -3,6 +3,8 @@
 A benchmark says where its files are (`Mmlu`, `Ceval`, `Cmmlu`), a script says how it asks (`FewShot`, `ChatChoice`).
 """
 
+import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +52,15 @@ class MultipleChoice(Task):
     def from_hub(self, row: Row) -> Row:
         return row
 
+    def exports(self, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> dict[str, str]:
+        """Where the right answers are secret: submission.json, as leaderboards take it."""
+        if all(sample.row["answer"] for sample in samples):
+            return {}
+        answers: dict[str, dict[str, str]] = {}
+        for sample, verdict in zip(samples, verdicts, strict=True):
+            answers.setdefault(sample.group, {})[sample.id.split("/")[-1]] = verdict.answer or ""
+        return {"submission.json": json.dumps(answers, indent=2) + "\n"}
+
     def load(self) -> list[Sample]:
         shots, questions = self.splits
         samples = []
@@ -61,6 +72,8 @@ class MultipleChoice(Task):
         return samples
 
     def scores(self, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> list[Score]:
+        if not all(sample.row["answer"] for sample in samples):
+            return []
         return by_category(by_group(samples, verdicts), self.categories, self.average)
 
 
@@ -153,8 +166,27 @@ class Ceval(MultipleChoice):
     )
     categories_file = "ceval_subjects.json"
     average = "macro"
-    splits = ("dev", "val")
     chinese = True
+
+    @classmethod
+    def add_arguments(cls, parser: argparse._ActionsContainer) -> None:
+        parser.add_argument(
+            "--split",
+            choices=["val", "test"],
+            default="val",
+            help="the answers of test are secret (default: %(default)s)",
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "split": self.args.split}
+
+    def rows(self, split: str, subject: str) -> list[Row]:
+        """`split` test stands for the chosen one; of the real test set the answers are ""."""
+        split = self.args.split if split == "test" else split
+        if split != "test" or self.args.data is None:
+            return super().rows(split, subject)
+        asked = read_table(self.file(split, subject), self.columns[:-1], self.origin, as_published=self.as_published)
+        return [{**row, "answer": ""} for row in asked]
 
 
 class Cmmlu(MultipleChoice):

@@ -240,6 +240,8 @@ def conclude(
         "versions": versions(),
     }
     write_json(folder.path / "result.json", result)
+    for name, text in task.exports(samples, verdicts).items():
+        write_whole(folder.path / name, text)
     if args.log_samples:
         log = (
             {"id": s.id, "question": task.question(s), **r, "read": v.answer, "right": v.gold, "value": v.value,

@@ -105,6 +105,10 @@ class Task(ABC):
     def judge_all(self, samples: Sequence[Sample], records: Sequence[Record]) -> list[Verdict]:
         return [self.judge(sample, record) for sample, record in zip(samples, records, strict=True)]
 
+    def exports(self, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> dict[str, str]:
+        """Further files of the run, by name: what official scorers and leaderboards take."""
+        return {}
+
     @abstractmethod
     def scores(self, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> list[Score]:
         """The figures of the result, the main one first."""

@@ -33,7 +33,7 @@ CHOICES = {"A": "Bladder", "B": "Kidney", "C": "Ureter", "D": "None of the above
 
 
 def make(task: type[Task], folder: Path | None = None, **more: Any) -> Task:
-    defaults = {"data": folder, "protocol": "standard", "subjects": None, "limit": None}
+    defaults = {"data": folder, "protocol": "standard", "subjects": None, "limit": None, "split": "val"}
     return task(Namespace(**{**defaults, **more}))
 
 
@@ -83,6 +83,19 @@ def test_chinese_prompts(chinese_files: Path, task: type[Task], layout: str, sub
     task = make(task, chinese_files / layout, subjects=[subject])
     [sample] = task.load()
     assert task.question(sample) == PUBLISHED[name] and sample.row["answer"] == "B"
+
+
+def test_secret_answers_make_a_submission(chinese_files: Path) -> None:
+    """C-Eval's test set has no column of answers: no score, but a file for the leaderboard."""
+    for path in (chinese_files / "ceval" / "test").iterdir():
+        head, *rows = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join(row.rpartition(",")[0] for row in (head, *rows)) + "\n", encoding="utf-8")
+    task = make(EvaluateCeval, chinese_files / "ceval", subjects=["logic", "law"], split="test")
+    samples = task.load()
+    verdicts = [task.judge(sample, {"logprobs": {"A": -1, "B": -2, "C": -0.5, "D": -3}}) for sample in samples]
+    assert task.question(samples[0]) == PUBLISHED["ceval"] and task.scores(samples, verdicts) == []
+    submission = json.loads(task.exports(samples, verdicts)["submission.json"])
+    assert submission == {"logic": {"0": "C"}, "law": {"0": "C"}}
 
 
 def test_gsm8k_prompts() -> None:

@@ -261,6 +261,8 @@ def test_humaneval_runs_no_code_unasked(
     [folder] = (tmp_path / "out").iterdir()
     [record] = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert record["text"].startswith("    return 2")
+    [completion] = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert completion == {"task_id": "T/0", "completion": record["text"]}
     evaluate_humaneval.main([*flags, "--rescore", str(folder), "--allow-code-execution"])
     assert "| pass@1 | 100.00 | 0.00 | 1 | 24.4 |" in capsys.readouterr().out
 
