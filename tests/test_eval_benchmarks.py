@@ -85,7 +85,8 @@ def test_missing_translation_file(tmp_path: Path) -> None:
 
 # ---- tool use ----
 
-RIGHT = 'Thought: I search.\nAction: search\nAction Input: {"query": "red cats", "count": 3}\nObservation: none'
+WANTED = {"query": "red cats", "count": 3}
+RIGHT = f"Thought: I search.\nAction: search\nAction Input: {json.dumps(WANTED)}\nObservation: none"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_right_actions(tokenizer: QWenTokenizer, reply: str, right: int, publish
         verdict = task.judge(sample, {"text": reply})
         assert verdict.value == value
         given = json.loads(reply[reply.index("{") :]) if "{" in reply else None
-        texts = ["" if x is None else json.dumps(x, sort_keys=True) for x in (json.loads(RIGHT[43:-18]), given)]
+        texts = ["" if x is None else json.dumps(x, sort_keys=True) for x in (WANTED, given)]
         split = [" ".join(tokenizer.decode([i]) for i in tokenizer.encode(text)).split() for text in texts]
         numbers = {word: str(i) for i, word in enumerate(dict.fromkeys(split[0] + split[1]))}  # words it does not cut
         wanted, found = (" ".join(numbers[word] for word in words) for words in split)
