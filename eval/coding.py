@@ -6,7 +6,6 @@ import re
 import textwrap
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 from eval.sandbox import Sandbox
 from eval.scores import mean
@@ -23,10 +22,6 @@ SECONDS = 3.0
 
 class HumanEval(Task):
     """Subclasses say how the model is asked and what of its text is the completion."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args)
-        self.remarks: dict[str, Any] = {}
 
     @classmethod
     def add_arguments(cls, parser: argparse._ActionsContainer) -> None:

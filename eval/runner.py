@@ -111,7 +111,8 @@ def run(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
             print(f"\nstopped: {len(folder.answers())} answers are kept in {folder.path}; "
                   "the same command with --resume goes on", file=sys.stderr)  # fmt: skip
         raise
-    if not state.is_main_process:
+    state.destroy_process_group()
+    if state.process_index > 0:
         return {}
     folder.merge(records)
     return conclude(task, args, samples, records, settings, folder)
@@ -235,7 +236,7 @@ def conclude(
         "settings": settings,
         "selection": {"subjects": args.subjects, "limit": args.limit},
         "scores": [{**vars(score), "value": round(score.value, 4)} for score in scores],
-        "counts": counts(verdicts, records) | task_counts(task),
+        "counts": counts(verdicts, records) | task.remarks,
         "published": published(task.name),
         "versions": versions(),
     }
@@ -253,8 +254,3 @@ def conclude(
     figures = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["counts"].items())
     print(f"\n{figures}\n{folder.path}/result.json")
     return result
-
-
-def task_counts(task: Task) -> dict[str, Any]:
-    """What a task wants to say besides its scores."""
-    return getattr(task, "remarks", {})

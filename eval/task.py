@@ -65,6 +65,7 @@ class Task(ABC):
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.remarks: dict[str, Any] = {}  # what the result says besides scores
         self.max_new_tokens: int = getattr(args, "max_new_tokens", None) or self.max_new_tokens
 
     @property
