@@ -61,6 +61,7 @@ class ReplyDecoder:
         strip: leave out blanks at either end.
         stop_words: words that end it, as text (found across token borders) or as ids. Ids of regular tokens mean
             their text; a sequence with a control token in it is compared by ids.
+        strip: leave blanks at both ends of the reply out; code and other raw continuations need them.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ReplyDecoder:
         stop_words: Iterable[StopWord] = (),
         strip: bool = True,
     ) -> None:
+        self.strip = strip
         self.tokens = 0
         self.text = ""
         self.strip = strip

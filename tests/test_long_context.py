@@ -1,4 +1,4 @@
-"""Prompt lookup decoding changes no greedy reply, also beyond the training length; the long-context benchmark."""
+"""Prompt lookup changes no greedy reply, also beyond the training length; perplexity and prefill of long texts."""
 
 import importlib.util
 import json
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import golden
+from eval import evaluate_ppl
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
 from utils import load_model_and_tokenizer
 
@@ -133,17 +134,17 @@ def bench() -> ModuleType:
 
 @pytest.mark.parametrize("chunk", [32, 100, 500])
 @torch.no_grad()
-def test_loss_by_chunks_is_the_loss(bench: ModuleType, chunk: int) -> None:
+def test_loss_by_chunks_is_the_loss(chunk: int) -> None:
     """All switches on, beyond the training length, against one call with labels."""
     model = golden.model(local_attn=True)
     ids = golden.ids(100)
-    assert math.isclose(bench.mean_loss(model, ids, chunk), model(ids, labels=ids).loss.item(), rel_tol=1e-5)
+    assert math.isclose(evaluate_ppl.mean_loss(model, ids, chunk), model(ids, labels=ids).loss.item(), rel_tol=1e-5)
 
 
-def test_switches_that_do_nothing_are_left_out(bench: ModuleType) -> None:
-    config, everything = golden.model().config, bench.Switches(True, True, True)
-    assert everything.effective(32, config) == bench.Switches()
-    assert everything.effective(64, config) == bench.Switches(local_attn=True)
+def test_switches_that_do_nothing_are_left_out() -> None:
+    config, everything = golden.model().config, evaluate_ppl.Switches(True, True, True)
+    assert everything.effective(32, config) == evaluate_ppl.Switches()
+    assert everything.effective(64, config) == evaluate_ppl.Switches(local_attn=True)
     assert everything.effective(65, config) == everything
     with torch.no_grad():
         alike = golden.model(local_attn=True)(golden.ids(32)).logits
@@ -151,7 +152,7 @@ def test_switches_that_do_nothing_are_left_out(bench: ModuleType) -> None:
 
 
 def test_perplexity_table_and_plot(
-    bench: ModuleType, tokenizer: QWenTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer: QWenTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A finished cell is not measured again; other settings are not mixed in."""
     pytest.importorskip("matplotlib")
@@ -159,24 +160,24 @@ def test_perplexity_table_and_plot(
     save_with_vocabulary(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     text, output = golden.DATA / "qwen.tiktoken.LICENSE", tmp_path / "figures.json"
-    flags = ["perplexity", "-c", str(checkpoint), "--device", "cpu", "--dtype", "fp32", "--text", str(text)]
+    flags = ["-c", str(checkpoint), "--device", "cpu", "--dtype", "fp32", "--text", str(text)]
     flags += ["--output", str(output), "--chunk", "50", "--plot", str(tmp_path / "plot.png")]
-    bench.main([*flags, "--lengths", "32", "100"])
+    evaluate_ppl.main([*flags, "--lengths", "32", "100"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["| perplexity | 32 | 100 |", "|---|---|---|"] and len(lines) == 6
-    rows = [[float(cell) for cell in line.strip("|").split("|")[1:]] for line in lines[2:]]
+    assert lines[:2] == ["| perplexity | 32 | 100 |", "|---|---|---|"] and lines[6] == ""
+    rows = [[float(cell) for cell in line.strip("|").split("|")[1:]] for line in lines[2:6]]
     assert len({row[0] for row in rows}) == 1 and len({row[1] for row in rows}) == 4
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
     saved = json.loads(output.read_text())
     saved["figures"]["plain"]["100"] = 7.25
     output.write_text(json.dumps(saved))
-    bench.main([*flags, "--lengths", "32", "100"])
+    evaluate_ppl.main([*flags, "--lengths", "32", "100"])
     assert "| plain | " in (shown := capsys.readouterr().out) and "7.25" in shown
     with pytest.raises(QwenError, match="figures of other settings"):
-        bench.main([*flags, "--lengths", "32", "--seq-length", "16"])
+        evaluate_ppl.main([*flags, "--lengths", "32", "--seq-length", "16"])
     with pytest.raises(QwenError, match="tokens and 99,999 are wanted: take a longer text"):
-        bench.main([*flags[:9], "--lengths", "99999"])
+        evaluate_ppl.main([*flags[:8], "--lengths", "99999"])
 
 
 def save_with_vocabulary(directory: Path) -> None:
@@ -195,7 +196,7 @@ def test_prefill_table(
     """Each prompt in a process of its own; rows of both ways, for time and memory."""
     golden.model().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    bench.main(["prefill", "-c", str(tmp_path), "--device", "cpu", "--lengths", "100", "--chunk", "32"])
+    bench.main(["-c", str(tmp_path), "--device", "cpu", "--lengths", "100", "--chunk", "32"])
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lines[2:]}
     assert list(rows) == [

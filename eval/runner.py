@@ -1,0 +1,256 @@
+"""Run a benchmark: load, prompt, answer in batches, keep every answer, score, report. All scripts call `run`.
+
+`accelerate launch` or torchrun starts several processes; each takes its share of the batches, and the result is the
+same file as of one process.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import set_seed
+from transformers.utils import logging
+
+from eval.engine import MOST_ROWS, Batch, Engine, plan_batches, token_budget
+from eval.report import counts, published, table, versions
+from eval.run_folder import RunFolder, as_lines, fingerprint, prompt_hash, write_json, write_whole
+from eval.task import Prompt, Record, Sample, Task
+from qwen import QwenError
+from utils import DTYPE_NAMES, add_model_arguments, find_checkpoint, load_from_args
+
+RESULTS = Path(__file__).resolve().parent.parent / "output_eval"
+
+
+# ---- the command line ----
+
+
+def make_parser(task: type[Task], description: str | None) -> argparse.ArgumentParser:
+    """The flags of all benchmarks and those of this one."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.set_defaults(checkpoint_path=task.checkpoint)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "-d", "--data", "--eval_data_path", "-f", "--sample-input-file", type=Path, metavar="DIR",
+        help="directory of the benchmark's files (default: through the datasets library)",
+    )  # fmt: skip
+    group.add_argument(
+        "--protocol", choices=["standard", "qwen2023"], default="standard",
+        help="standard: correct scoring; qwen2023: as the published scripts, defects included (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--subjects", nargs="+", metavar="NAME", help="only these (default: all)")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N samples of each subject")
+    group.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help=f"longest reply (default: {task.max_new_tokens})"
+    )
+    group.add_argument(
+        "--batch-size", type=batch_size, default="auto", metavar="N", help="most prompts at once (default: by memory)"
+    )
+    group.add_argument("-s", "--seed", type=int, default=1234, help="of whatever is random (default: %(default)s)")
+    group.add_argument(
+        "-o", "--output", type=Path, default=RESULTS, metavar="DIR",
+        help="results go into a folder of their own in here (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--resume", action="store_true", help="go on with the answers that are there already")
+    group.add_argument("--overwrite", action="store_true", help="forget the answers that are there already")
+    group.add_argument("--rescore", type=Path, metavar="RUN", help="score a run's folder again, without the model")
+    group.add_argument("--log-samples", action="store_true", help="also write log.jsonl: every question and answer")
+    task.add_arguments(group)
+    return parser
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
+
+
+# ---- a run ----
+
+
+def run(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
+    """Answer what is not answered yet, score, and print the result, which is also returned."""
+    if args.resume and args.overwrite:
+        raise QwenError("--resume keeps the answers and --overwrite forgets them: leave one of them out")
+    if args.tp:
+        raise QwenError("--tp is not for evaluation: start several processes, each has the whole model and its share")
+    if args.rescore:
+        return rescore(task_class, args)
+    set_seed(args.seed)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    state = join_processes(args)
+    task = task_class(args)
+    samples = task.load()  # before the model: a missing file should not cost minutes
+    folder = None
+    try:
+        with state.main_process_first():
+            directory = find_checkpoint(args.checkpoint_path, args.hub, args.revision)
+        model, tokenizer = load_from_args(args)
+        settings = describe_run(task, args, directory, model)
+        folder = RunFolder.of_settings(
+            args.output, task.name, str(args.checkpoint_path), settings, state.process_index, state.num_processes
+        )
+        with state.main_process_first():
+            if state.is_main_process:
+                folder.begin(args.resume, args.overwrite)
+                write_json(folder.path / "settings.json", {"checkpoint": str(args.checkpoint_path), **settings})
+        records = answer_all(task, samples, args, model, tokenizer, folder, state)
+    except KeyboardInterrupt:
+        if folder is not None and state.is_main_process:
+            print(f"\nstopped: {len(folder.answers())} answers are kept in {folder.path}; "
+                  "the same command with --resume goes on", file=sys.stderr)  # fmt: skip
+        raise
+    state.destroy_process_group()
+    if state.process_index > 0:
+        return {}
+    folder.merge(records)
+    return conclude(task, args, samples, records, settings, folder)
+
+
+def join_processes(args: argparse.Namespace) -> PartialState:
+    """Meet the other processes where a launcher has started several, and take a GPU each."""
+    on_cpu = args.cpu_only or args.device == "cpu"
+    state = PartialState(cpu=on_cpu)
+    if state.num_processes > 1 and state.device.type == "cuda":
+        if args.num_gpus:
+            raise QwenError("--num-gpus spreads one process; with several processes each takes one GPU")
+        args.device = f"cuda:{state.local_process_index}"
+    return state
+
+
+def describe_run(task: Task, args: argparse.Namespace, directory: Path, model: Any) -> dict[str, Any]:
+    """Everything that the answers depend on, as settings.json keeps it."""
+    quantization = getattr(model.config, "quantization_config", None)
+    return {
+        "task": task.name,
+        **task.settings(),
+        "weights": fingerprint(directory),
+        "revision": directory.name if directory.parent.name == "snapshots" else None,
+        "dtype": DTYPE_NAMES.get(model.dtype, str(model.dtype)),
+        "quantization": None if quantization is None else dict_of(quantization).get("quant_method", "unknown"),
+        "bits": None if quantization is None else dict_of(quantization).get("bits"),
+        "attention": model.config._attn_implementation,
+        "seed": args.seed,
+    }
+
+
+def dict_of(config: Any) -> dict[str, Any]:
+    return config if isinstance(config, dict) else config.to_dict()
+
+
+def answer_all(
+    task: Task,
+    samples: list[Sample],
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    folder: RunFolder,
+    state: PartialState,
+) -> list[Record]:
+    """The records of all samples, in their order; this process computes its share of those that are missing."""
+    prompts = [task.prompt(sample, tokenizer, model.config.seq_length) for sample in samples]
+    hashes = [prompt_hash(prompt.ids) for prompt in prompts]
+    engine = Engine(model, tokenizer, task.choices, task.stops(tokenizer), task.max_new_tokens)
+    batches = make_plan(args, model, prompts, engine, folder, state)
+
+    found = [folder.answers()]
+    known = {id: record for part in gather_object(found) for id, record in part.items()}
+    known = {s.id: known[s.id] for s, h in zip(samples, hashes, strict=True) if known.get(s.id, {}).get("prompt") == h}
+    missing = [batch for batch in batches if any(samples[i].id not in known for i in batch.members)]
+    share = missing[state.process_index :: state.num_processes]
+    new: dict[str, Record] = {}
+    total = sum(len(batch.members) for batch in share)
+    with tqdm(total=total, desc=task.title, unit="sample", disable=not state.is_main_process or not total) as bar:
+        for batch in share:
+            answers = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
+            lines = [
+                {"id": samples[i].id, "prompt": hashes[i], **answer}
+                for i, answer in zip(batch.members, answers, strict=True)
+            ]
+            folder.append(lines)
+            new.update((line["id"], line) for line in lines)
+            bar.update(len(lines))
+    for part in gather_object([new]):
+        known.update(part)
+    return [known[sample.id] for sample in samples]
+
+
+def make_plan(
+    args: argparse.Namespace, model: Any, prompts: Sequence[Prompt], engine: Engine, folder: RunFolder, state: Any
+) -> list[Batch]:
+    """Batches; the memory that "auto" found is kept with the run, so that a resumed one cuts the same batches."""
+    if args.batch_size != "auto":
+        return plan_batches(prompts, args.batch_size, None, engine.new_tokens)
+    path = folder.path / "batch_tokens.txt"
+    if state.is_main_process and not path.exists():
+        write_whole(path, f"{token_budget(model)}\n")
+    state.wait_for_everyone()
+    budget = gather_object([int(path.read_text()) if path.exists() else 0])[0]
+    return plan_batches(prompts, MOST_ROWS, budget, engine.new_tokens)
+
+
+# ---- from answers to the result ----
+
+
+def rescore(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
+    """The result of a run's answers, by the scoring of today; no model is loaded."""
+    folder = RunFolder(args.rescore)
+    settings = folder.settings()
+    args.checkpoint_path = settings.pop("checkpoint")
+    if settings["task"] != task_class.name:
+        raise QwenError(f"{args.rescore} is a run of {settings['task']}, not of {task_class.name}")
+    for name in settings.keys() & vars(args).keys():
+        setattr(args, name, settings[name])
+    task, answers = task_class(args), folder.answers()
+    samples = [sample for sample in task.load() if sample.id in answers]
+    if not samples:
+        raise QwenError(f"{args.rescore} holds no answers to these samples: run without --rescore first")
+    return conclude(task, args, samples, [answers[sample.id] for sample in samples], settings, folder)
+
+
+def conclude(
+    task: Task,
+    args: argparse.Namespace,
+    samples: Sequence[Sample],
+    records: Sequence[Record],
+    settings: dict[str, Any],
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """Score, write result.json, print the table."""
+    verdicts = task.judge_all(samples, records)
+    scores = task.scores(samples, verdicts)
+    result = {
+        "task": task.name,
+        "checkpoint": str(args.checkpoint_path),
+        "settings": settings,
+        "selection": {"subjects": args.subjects, "limit": args.limit},
+        "scores": [{**vars(score), "value": round(score.value, 4)} for score in scores],
+        "counts": counts(verdicts, records) | task.remarks,
+        "published": published(task.name),
+        "versions": versions(),
+    }
+    write_json(folder.path / "result.json", result)
+    for name, text in task.exports(samples, verdicts).items():
+        write_whole(folder.path / name, text)
+    if args.log_samples:
+        log = (
+            {"id": s.id, "question": task.question(s), **r, "read": v.answer, "right": v.gold, "value": v.value,
+             **v.parts, **({"note": v.note} if v.note else {})}
+            for s, r, v in zip(samples, records, verdicts, strict=True)
+        )  # fmt: skip
+        write_whole(folder.path / "log.jsonl", as_lines(log))
+    print(table(f"{task.title}, {args.checkpoint_path}, {settings['protocol']}", scores, published(task.name)))
+    figures = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["counts"].items())
+    print(f"\n{figures}\n{folder.path}/result.json")
+    return result
