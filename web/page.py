@@ -98,8 +98,9 @@ class ChatPage:
     def _add_settings(self) -> list[Any]:
         """The inputs, in the order of `read_settings`, the system prompt last."""
         texts, defaults = self.texts, self.defaults
+        longest = self.replier.engine.context - 1
         ranges = {"temperature": (0, 2, 0.05), "top_p": (0.05, 1, 0.05), "top_k": (0, 200, 1),
-                  "repetition_penalty": (1, 2, 0.05), "max_new_tokens": (1, self.replier.engine.context - 1, 1)}  # fmt: skip
+                  "repetition_penalty": (1, 2, 0.05), "max_new_tokens": (1, longest, 1)}  # fmt: skip
         inputs: list[Any] = []
         with gr.Accordion(texts("settings"), open=False, elem_id="settings"):
             system = gr.Textbox(
@@ -148,7 +149,7 @@ class ChatPage:
         page.unload(self.leave)
 
     async def ask(
-        self, message: str, exchanges: list[Exchange], *settings: Any, request: gr.Request
+        self, request: gr.Request, message: str, exchanges: list[Exchange], *settings: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Answer what is in the box; nothing happens if it is blank or a reply is being written."""
         if not message.strip():
@@ -158,13 +159,13 @@ class ChatPage:
             yield step
 
     async def ask_example(
-        self, event: gr.SelectData, exchanges: list[Exchange], *settings: Any, request: gr.Request
+        self, request: gr.Request, event: gr.SelectData, exchanges: list[Exchange], *settings: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
         async for step in self._answer(event.value["text"], exchanges, settings, request.session_hash):
             yield step
 
     async def regenerate(
-        self, exchanges: list[Exchange], *settings: Any, request: gr.Request
+        self, request: gr.Request, exchanges: list[Exchange], *settings: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
         if not exchanges:
             yield gr.skip(), gr.skip(), gr.skip()
@@ -225,13 +226,13 @@ class ChatPage:
         """A closed tab's reply ends."""
         self.replier.stop(request.session_hash)
 
-    def edit(self, exchanges: list[Exchange], request: gr.Request) -> tuple[Any, ...]:
+    def edit(self, request: gr.Request, exchanges: list[Exchange]) -> tuple[Any, ...]:
         """The last question goes back into the box, and its reply goes away."""
         if not exchanges or request.session_hash in self.replier.running:
             return gr.skip(), gr.skip(), gr.skip()
         return self._show(exchanges[:-1], value=exchanges[-1].query)
 
-    def undo(self, exchanges: list[Exchange], request: gr.Request) -> tuple[Any, ...]:
+    def undo(self, request: gr.Request, exchanges: list[Exchange]) -> tuple[Any, ...]:
         if request.session_hash in self.replier.running:
             return gr.skip(), gr.skip(), gr.skip()
         return self._show(exchanges[:-1])
