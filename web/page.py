@@ -134,7 +134,7 @@ class ChatPage:
         again = buttons["regenerate"].click(self.regenerate, [parts.exchanges, *settings], outputs, **quiet)
         edit = buttons["edit"].click(self.edit, [parts.exchanges], outputs, **quiet)
         undo = buttons["undo"].click(self.undo, [parts.exchanges], outputs, **quiet)
-        clear = buttons["clear"].click(self.clear, None, outputs, **quiet)
+        clear = gr.on([buttons["clear"].click, parts.chat.clear], self.clear, None, outputs, **quiet)
         parts.message.stop(self.stop, None, None, **quiet)
         for event in (ask, example, again, edit, undo, clear):
             event.then(to_saved, parts.exchanges, parts.saved, **quiet)
