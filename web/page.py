@@ -16,7 +16,7 @@ from .conversation import Exchange, from_saved, to_history, to_json, to_markdown
 from .replies import Progress, Replier, Settings
 
 FOLDER = Path(__file__).parent
-REDRAW = 0.05  # seconds between two looks of a reply: browsers need no more
+REDRAW = 0.1  # seconds between two looks of a reply: browsers need no more
 FONTS = ["system-ui", "sans-serif", "Noto Color Emoji"]  # the machine's own: none is fetched
 MATH = [
     {"left": left, "right": right, "display": display}
@@ -129,9 +129,11 @@ class ChatPage:
     def _connect(self, page: gr.Blocks, parts: Parts, buttons: dict[str, gr.Button], settings: list[Any]) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         outputs = [parts.chat, parts.message, parts.exchanges]
-        ask = gr.on([parts.message.submit], self.ask, [parts.message, parts.exchanges, *settings], outputs, **quiet)
-        example = parts.chat.example_select(self.ask_example, [parts.exchanges, *settings], outputs, **quiet)
-        again = buttons["regenerate"].click(self.regenerate, [parts.exchanges, *settings], outputs, **quiet)
+        # A click that comes while a reply is being written does nothing: `_answer` sees to that, not the browser.
+        several: dict[str, Any] = {**quiet, "trigger_mode": "multiple"}
+        ask = gr.on([parts.message.submit], self.ask, [parts.message, parts.exchanges, *settings], outputs, **several)
+        example = parts.chat.example_select(self.ask_example, [parts.exchanges, *settings], outputs, **several)
+        again = buttons["regenerate"].click(self.regenerate, [parts.exchanges, *settings], outputs, **several)
         edit = buttons["edit"].click(self.edit, [parts.exchanges], outputs, **quiet)
         undo = buttons["undo"].click(self.undo, [parts.exchanges], outputs, **quiet)
         clear = gr.on([buttons["clear"].click, parts.chat.clear], self.clear, None, outputs, **quiet)
