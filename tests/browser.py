@@ -110,6 +110,11 @@ class Page:
         return self.answer
 
     def requests(self) -> set[str]:
-        """Every address that was asked for since the last call."""
+        """Every address that was loaded from since the last call; what the page's policy forbade was not."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+        events = [(message["method"], message["params"]) for message in messages]
+        asked = {p["requestId"]: p["request"]["url"] for method, p in events if method == "Network.requestWillBeSent"}
+        for method, params in events:
+            if method == "Network.loadingFailed" and params.get("blockedReason") == "csp":
+                asked.pop(params["requestId"], None)
+        return set(asked.values())

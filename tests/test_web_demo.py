@@ -131,7 +131,9 @@ def test_any_script_and_markdown(page: Page, tmp_path: Path) -> None:
     text = "你好，世界 🎉👩‍👩‍👧 **مرحبا**\n\nשלום עולם\n\n$$x^2 < y$$\n\n```python\nprint('<b>')\n```"
     answer = page.ask(f"say: {text}")
     assert "你好，世界 🎉👩‍👩‍👧 مرحبا" in answer and "print('<b>')" in answer
-    assert page.find("#chat .bot strong") and page.find("#chat .bot .katex") and page.find("#chat .bot pre button")
+    assert (
+        page.find("#chat .bot strong") and page.find("#chat .bot .katex") and page.find("#chat .bot .copy_code_button")
+    )
     start, end = page.script(
         "(() => { const p = [...document.querySelectorAll('#chat .bot p')].find(p => p.innerText.includes('שלום'));"
         "const r = document.createRange(); r.selectNodeContents(p); const t = r.getBoundingClientRect();"
