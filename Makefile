@@ -6,12 +6,17 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP = .venv/bin/pip install --quiet --constraint constraints.txt
 
+# For the browser tests, where that is quick and allowed; without it they are skipped.
+CHROMIUM = test "$$(id -u)" = 0 && timeout 60 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 240 apt-get \
+	install -y --no-install-recommends chromium chromium-driver fonts-noto-cjk fonts-noto-color-emoji
+
 .PHONY: demo test clean
 
 demo: .venv/installed
 	@.venv/bin/python cli_demo.py --checkpoint-path demo
 
 test: .venv/installed-dev
+	@command -v chromedriver >/dev/null || ($(CHROMIUM)) >/dev/null 2>&1 || echo "no Chromium: browser tests are skipped" >&2
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
@@ -24,7 +29,7 @@ test: .venv/installed-dev
 	@$(PIP) --requirement requirements.txt >&2
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements_dev.txt requirements_openai_api.txt
+.venv/installed-dev: .venv/installed requirements_dev.txt requirements_openai_api.txt requirements_web_demo.txt
 	@$(PIP) --requirement requirements_dev.txt >&2
 	@touch $@
 

@@ -11,25 +11,21 @@ import argparse
 import base64
 import logging
 import os
-import socket
 import sys
 import threading
 from pathlib import Path
 from types import FrameType
 
-import psutil
-import torch
 import uvicorn
 
 from api.app import create_app
 from api.engine import Engine, Limits
+from api.launch import cache_tokens, check_model_arguments, listen
 from api.server import Server, Settings
-from qwen import QwenError, QWenLMHeadModel
+from qwen import QwenError
 from utils import add_model_arguments, describe_placement, load_from_args, run_script
 
 KEY_VARIABLE = "QWEN_API_KEY"
-CACHE_SHARE = 0.5  # of the free memory of a CPU
-GPU_CACHE_SHARE = 0.85  # of a GPU's: prompts in chunks need little besides
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,10 +91,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
     for name in ("max_batch", "max_queue", "chunk", "max_new_tokens", "max_n", "max_messages", "timeout"):
         if getattr(args, name) < (name != "max_queue"):
             raise QwenError(f"--{name.replace('_', '-')} {getattr(args, name)} is too low")
-    if args.tp:
-        raise QwenError("--tp works in chats, not in the server: use --num-gpus, or one GPU")
-    if args.attn not in ("sdpa", "eager"):
-        raise QwenError(f"--attn {args.attn} can't decode prompts of several lengths together here: use sdpa")
+    check_model_arguments(args)
     return Settings(
         model_name=args.model_name or Path(args.checkpoint_path).name,
         aliases=args.alias,
@@ -110,25 +103,6 @@ def make_settings(args: argparse.Namespace) -> Settings:
         max_new_tokens=args.max_new_tokens,
         log_prompts=args.log_prompts,
     )
-
-
-def cache_tokens(model: QWenLMHeadModel, gib: float | None) -> int:
-    """How many tokens' keys and values fit into the memory for them."""
-    config = model.config
-    token_bytes = 2 * config.num_hidden_layers * config.num_attention_heads * config.kv_channels * model.dtype.itemsize
-    if gib is not None:
-        budget = gib * 2**30
-    elif model.device.type == "cuda":
-        budget = torch.cuda.mem_get_info()[0] * GPU_CACHE_SHARE
-    else:
-        budget = psutil.virtual_memory().available * CACHE_SHARE
-    tokens = int(budget / (token_bytes * 17 / 16))  # caches have up to a sixteenth of room
-    if tokens < 256:
-        raise QwenError(
-            f"the memory for keys and values, {budget / 2**20:.0f} MiB, holds only {tokens} tokens: "
-            "free some, or set --kv-cache-gib higher"
-        )
-    return tokens
 
 
 class GracefulServer(uvicorn.Server):
@@ -194,16 +168,6 @@ def main(argv: list[str] | None = None) -> int:
     if failures:
         raise failures[0]
     return 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; QwenError where the address is taken or not this machine's."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise QwenError(
-            f"can't listen on {host}:{port} ({error}): choose another --server-port or --server-name"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -341,5 +341,5 @@ class Engine:
 def describe_error(error: Exception) -> str:
     """A sentence for whoever asked."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "the device ran out of memory: lower --kv-cache-gib or --max-batch"
+        return "the device ran out of memory: send less, or serve fewer at once"
     return first_line(error)

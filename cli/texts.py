@@ -1,4 +1,4 @@
-"""The interface's texts, in English and Chinese, from texts.json."""
+"""The interface's texts, in English and Chinese, from a texts.json."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 LANGUAGES = ("en", "zh")
+FILE = Path(__file__).with_name("texts.json")
 
 
 def default_language(environ: Mapping[str, str] = os.environ) -> str:
@@ -17,8 +18,8 @@ def default_language(environ: Mapping[str, str] = os.environ) -> str:
 class Texts:
     """One language of the table: `texts("key", name=value)` is the text with its values filled in."""
 
-    def __init__(self, language: str) -> None:
-        table = json.loads(Path(__file__).with_name("texts.json").read_text(encoding="utf-8"))
+    def __init__(self, language: str, file: Path = FILE) -> None:
+        table = json.loads(file.read_text(encoding="utf-8"))
         self._texts = {key: entry[language] for key, entry in table.items()}
 
     def __call__(self, key: str, **values: object) -> str:

@@ -1,0 +1,49 @@
+"""What the scripts that serve have in common: flags the engine can't follow, memory for it, an address."""
+
+import argparse
+import socket
+
+import psutil
+import torch
+
+from qwen import QwenError, QWenLMHeadModel
+
+CACHE_SHARE = 0.5  # of the free memory of a CPU
+GPU_CACHE_SHARE = 0.85  # of a GPU's: prompts in chunks need little besides
+
+
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """QwenError for flags of the model that go with single chats only."""
+    if args.tp:
+        raise QwenError("--tp works in chats, not in the server: use --num-gpus, or one GPU")
+    if args.attn not in ("sdpa", "eager"):
+        raise QwenError(f"--attn {args.attn} can't decode prompts of several lengths together here: use sdpa")
+
+
+def cache_tokens(model: QWenLMHeadModel, gib: float | None = None) -> int:
+    """How many tokens' keys and values fit into the memory for them."""
+    config = model.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_attention_heads * config.kv_channels * model.dtype.itemsize
+    if gib is not None:
+        budget = gib * 2**30
+    elif model.device.type == "cuda":
+        budget = torch.cuda.mem_get_info()[0] * GPU_CACHE_SHARE
+    else:
+        budget = psutil.virtual_memory().available * CACHE_SHARE
+    tokens = int(budget / (token_bytes * 17 / 16))  # caches have up to a sixteenth of room
+    if tokens < 256:
+        raise QwenError(
+            f"the memory for keys and values, {budget / 2**20:.0f} MiB, holds only {tokens} tokens: "
+            "free some, or set --kv-cache-gib higher"
+        )
+    return tokens
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; QwenError where the address is taken or not this machine's."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise QwenError(
+            f"can't listen on {host}:{port} ({error}): choose another --server-port or --server-name"
+        ) from None
