@@ -267,6 +267,15 @@ def test_calls_can_be_forced(client: OpenAI, choice: Any) -> None:
     assert (text, calls, reason) == ("", [(call.function.name, call.function.arguments)], "tool_calls")
 
 
+def test_functions_of_the_older_form_can_be_forced(client: OpenAI) -> None:
+    functions: Any = [{"name_for_model": name, "parameters": [{"name": "ok", "required": True, "schema": {"type": "boolean"}}]}
+                      for name in ("查天气", "查 时间")]  # fmt: skip
+    for call in ({"name": "查天气"}, {"name": "查 时间"}):
+        [choice] = ask(client, "?", functions=functions, function_call=call, max_tokens=60).choices
+        assert choice.message.function_call.name == call["name"] and choice.finish_reason == "function_call"
+        assert set(json.loads(choice.message.function_call.arguments)) == {"ok"}
+
+
 def test_tool_choice_none_keeps_tools_out(client: OpenAI) -> None:
     [choice] = ask(client, f"say: {CALLS}", tools=[WEATHER], tool_choice="none", max_tokens=60).choices
     assert choice.message.content == CALLS and choice.finish_reason == "stop"
