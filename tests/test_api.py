@@ -268,8 +268,8 @@ def test_calls_can_be_forced(client: OpenAI, choice: Any) -> None:
 
 
 def test_functions_of_the_older_form_can_be_forced(client: OpenAI) -> None:
-    functions: Any = [{"name_for_model": name, "parameters": [{"name": "ok", "required": True, "schema": {"type": "boolean"}}]}
-                      for name in ("查天气", "查 时间")]  # fmt: skip
+    parameters = [{"name": "ok", "required": True, "schema": {"type": "boolean"}}]
+    functions: Any = [{"name_for_model": name, "parameters": parameters} for name in ("查天气", "查 时间")]
     for call in ({"name": "查天气"}, {"name": "查 时间"}):
         [choice] = ask(client, "?", functions=functions, function_call=call, max_tokens=60).choices
         assert choice.message.function_call.name == call["name"] and choice.finish_reason == "function_call"
