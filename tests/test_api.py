@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -714,22 +714,23 @@ def test_while_loading_and_while_closing(tokenizer: QWenTokenizer) -> None:
         assert httpx.get(address + "/health").status_code == 200
         step = ready.engine.model.forward
         ready.engine.model.forward = lambda *args, **kwargs: (time.sleep(0.02), step(*args, **kwargs))[1]
-        results: list[str] = []
+        texts: dict[str, str] = {}
 
-        def read(body: dict, done: Callable[[str], None]) -> None:
-            done(httpx.post(f"{address}/v1/chat/completions", json={**body, "stream": True}, timeout=30).text)
+        def read(name: str, body: dict) -> None:
+            texts[name] = httpx.post(f"{address}/v1/chat/completions", json={**body, "stream": True}, timeout=120).text
 
-        short = {"messages": [{"role": "user", "content": "say: good bye"}]}
-        threads = [threading.Thread(target=read, args=(body, results.append)) for body in (short, LONG)]
-        for thread in threads:
+        bodies = {"short": {"messages": [{"role": "user", "content": "say: good bye"}]}, "long": LONG}
+        threads = {name: threading.Thread(target=read, args=(name, body)) for name, body in bodies.items()}
+        for thread in threads.values():
             thread.start()
         while len(ready.engine.running) < 2:
             time.sleep(0.01)
-        ready.engine.close(grace=1.0)
+        ready.engine.close(grace=100)
         assert httpx.get(address + "/health").status_code == 503
-        for thread in threads:
-            thread.join()
-        finished, cut = sorted(results, key=len)
+        threads["short"].join()
+        ready.engine.close_now()
+        threads["long"].join()
+        finished, cut = texts["short"], texts["long"]
         assert finished.endswith("data: [DONE]\n\n") and "bye" in finished
         assert json.loads(cut.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
 
