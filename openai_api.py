@@ -118,7 +118,7 @@ class GracefulServer(uvicorn.Server):
                 print(f"finishing running replies, {self.grace:g} seconds at most; Ctrl-C ends them", file=sys.stderr)
                 self.server.engine.close(self.grace)
             else:
-                self.server.engine.closing = 0.0
+                self.server.engine.close_now()
         super().handle_exit(sig, frame)
 
 

@@ -53,7 +53,7 @@ def plan_chat(server: Server, body: ChatRequest) -> ChatPlan:
     is_open, prefix = is_result(messages[-1]), f"{THOUGHT}\n" if is_result(messages[-1]) else ""
     forced = [tool for tool in tools if choice in ("required", tool.name)] if choice not in ("auto", "none") else []
     if forced:
-        prefix = f"{ACTION}" if len(forced) > 1 else f"{ACTION} {forced[0].name}\n{INPUT}"
+        prefix = ACTION if len(forced) > 1 else f"{ACTION} {forced[0].name}\n{INPUT}"
         if not is_open:
             turns.append({"role": "assistant", "content": THOUGHT})
         turns[-1]["content"] += f" {FORCED_THOUGHT}\n{prefix}"

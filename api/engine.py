@@ -156,6 +156,11 @@ class Engine:
                 self.closing = time.monotonic() + grace
             self.wake.notify()
 
+    def close_now(self) -> None:
+        """End with an error what still runs."""
+        self.close()
+        self.closing = 0.0
+
     def join(self) -> None:
         """Wait until nothing runs any more, after `close`."""
         self.thread.join()

@@ -86,8 +86,8 @@ class Grammars:
             rules.append('start: " " args_0')
         else:
             assert after.endswith(ACTION), after
-            ways = (f"{json.dumps(f' {tool.name}' + chr(10) + f'{INPUT} ')} args_{i}" for i, tool in enumerate(tools))
-            rules.append("start: " + " | ".join(ways))
+            begins = [json.dumps(f" {tool.name}\n{INPUT} ", ensure_ascii=False) for tool in tools]
+            rules.append("start: " + " | ".join(f"{begin} args_{i}" for i, begin in enumerate(begins)))
         return self._constrain("\n".join(rules))
 
     def strict(self, tools: Sequence[Tool], names: Collection[str], begins: str) -> Constraint:
@@ -136,4 +136,5 @@ def object_schema(tool: Tool) -> dict[str, Any]:
         "type": "object",
         "properties": {entry["name"]: entry.get("schema", {}) for entry in tool.parameters},
         "required": [entry["name"] for entry in tool.parameters if entry.get("required")],
+        "additionalProperties": False,
     }

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ QUESTIONS = (
 PADDING = "The sea was calm that evening, and the light turned slowly over the water. "
 PADDINGS = (0, 4, 16, 1)  # sentences before a question: prompts of some 35 to 300 tokens
 LENGTHS = (96, 64, 128, 80)  # tokens of replies
-QUIET = 120.0  # seconds for a server to start
+QUIET = 300.0  # seconds for a server to start
 
 
 @dataclass
@@ -186,41 +187,39 @@ def percentile(values: Sequence[float], share: float) -> float:
     return 1000 * sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
-def print_table(names: Sequence[str], clients: Sequence[int], cells: dict[tuple[str, int], Cell]) -> None:
-    titles = ("server", "clients", "total tok/s", "first token p50 / p95 (ms)", "between tokens p50 / p95 (ms)",
-              "/health max (ms)")  # fmt: skip
-    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-    for count in clients:
-        for name in names:
-            cell = cells[name, count]
-            first, between = (
-                f"{percentile(times, 0.5):.0f} / {percentile(times, 0.95):.0f}" for times in (cell.first, cell.between)
-            )
-            health = f"{1000 * max(cell.health):.0f}" if cell.health else "–"
-            print(f"| {name} | {count} | {cell.speed:.1f} | {first} | {between} | {health} |")
-    for count in clients:
-        ratios = [f"{cells[names[0], count].speed / cells[name, count].speed:.2f}x {name}" for name in names[1:]]
-        if ratios:
-            print(f"\n{count} clients: {', '.join(ratios)}", end="")
-    print()
+TITLES = ("server", "clients", "total tok/s", "first token p50 / p95 (ms)", "between tokens p50 / p95 (ms)",
+          "/health max (ms)")  # fmt: skip
+
+
+def table_row(name: str, clients: int, cell: Cell) -> str:
+    first, between = (
+        f"{percentile(times, 0.5):.0f} / {percentile(times, 0.95):.0f}" for times in (cell.first, cell.between)
+    )
+    health = f"{1000 * max(cell.health):.0f}" if cell.health else "–"
+    return f"| {name} | {clients} | {cell.speed:.1f} | {first} | {between} | {health} |"
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     servers = targets(args)
     cells: dict[tuple[str, int], Cell] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
     try:
         for target in tqdm(servers, desc="starting", unit="server"):
             start(target)
             asyncio.run(measure(target, 1, 1))  # to warm up
+        tqdm.write(f"| {' | '.join(TITLES)} |\n|{'---|' * len(TITLES)}")
         for count, target in tqdm([(count, target) for count in args.clients for target in servers], unit="cell"):
-            cells[target.name, count] = asyncio.run(measure(target, count, args.requests))
+            cell = cells[target.name, count] = asyncio.run(measure(target, count, args.requests))
+            tqdm.write(table_row(target.name, count, cell))
     finally:
         for target in servers:
             if target.process is not None:
                 target.process.terminate()
-    names = [target.name for target in servers]
-    print_table(names, args.clients, cells)
+    for count in args.clients:
+        own = cells[servers[0].name, count].speed
+        ratios = [f"{own / cells[other.name, count].speed:.2f}x {other.name}" for other in servers[1:]]
+        print(f"{count} clients: {', '.join(ratios)}")
     if args.output:
         figures = [{"server": name, "clients": count, "tokens_per_second": cell.speed, **vars(cell)}
                    for (name, count), cell in cells.items()]  # fmt: skip

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +265,15 @@ def test_calls_can_be_forced(client: OpenAI, choice: Any) -> None:
     assert len(arguments["city"]) <= 12 if call.function.name == "get_weather" else isinstance(arguments, dict)
     text, calls, reason = streamed(ask(client, "Weather?", stream=True, **settings))
     assert (text, calls, reason) == ("", [(call.function.name, call.function.arguments)], "tool_calls")
+
+
+def test_functions_of_the_older_form_can_be_forced(client: OpenAI) -> None:
+    parameters = [{"name": "ok", "required": True, "schema": {"type": "boolean"}}]
+    functions: Any = [{"name_for_model": name, "parameters": parameters} for name in ("查天气", "查 时间")]
+    for call in ({"name": "查天气"}, {"name": "查 时间"}):
+        [choice] = ask(client, "?", functions=functions, function_call=call, max_tokens=60).choices
+        assert choice.message.function_call.name == call["name"] and choice.finish_reason == "function_call"
+        assert set(json.loads(choice.message.function_call.arguments)) == {"ok"}
 
 
 def test_tool_choice_none_keeps_tools_out(client: OpenAI) -> None:
@@ -705,22 +714,23 @@ def test_while_loading_and_while_closing(tokenizer: QWenTokenizer) -> None:
         assert httpx.get(address + "/health").status_code == 200
         step = ready.engine.model.forward
         ready.engine.model.forward = lambda *args, **kwargs: (time.sleep(0.02), step(*args, **kwargs))[1]
-        results: list[str] = []
+        texts: dict[str, str] = {}
 
-        def read(body: dict, done: Callable[[str], None]) -> None:
-            done(httpx.post(f"{address}/v1/chat/completions", json={**body, "stream": True}, timeout=30).text)
+        def read(name: str, body: dict) -> None:
+            texts[name] = httpx.post(f"{address}/v1/chat/completions", json={**body, "stream": True}, timeout=120).text
 
-        short = {"messages": [{"role": "user", "content": "say: good bye"}]}
-        threads = [threading.Thread(target=read, args=(body, results.append)) for body in (short, LONG)]
-        for thread in threads:
+        bodies = {"short": {"messages": [{"role": "user", "content": "say: good bye"}]}, "long": LONG}
+        threads = {name: threading.Thread(target=read, args=(name, body)) for name, body in bodies.items()}
+        for thread in threads.values():
             thread.start()
         while len(ready.engine.running) < 2:
             time.sleep(0.01)
-        ready.engine.close(grace=1.0)
+        ready.engine.close(grace=100)
         assert httpx.get(address + "/health").status_code == 503
-        for thread in threads:
-            thread.join()
-        finished, cut = sorted(results, key=len)
+        threads["short"].join()
+        ready.engine.close_now()
+        threads["long"].join()
+        finished, cut = texts["short"], texts["long"]
         assert finished.endswith("data: [DONE]\n\n") and "bye" in finished
         assert json.loads(cut.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
 
