@@ -425,6 +425,7 @@ def test_flags_of_older_scripts_are_understood(work: dict[str, str]) -> None:
     assert (training.warmup_steps, training.activation_checkpointing, training.learning_rate) == (0.01, True, 3e-4)
     assert settings.lora.use_lora and settings.data.lazy_preprocess
     assert finetune.parse_args(["--data_path", "a", "--output_dir", "b"]).training.learning_rate == 1e-5
+    assert finetune.parse_args(["-d", "a", "--report_to", "none"]).training.report_to == []
 
 
 def test_commands_of_the_manual_parse() -> None:

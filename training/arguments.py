@@ -98,6 +98,7 @@ class TrainingArguments(transformers.TrainingArguments):
     warmup_steps: float = option(0.01, "Steps, or below 1 the share of all steps, until the full learning rate.")
     weight_decay: float = option(0.1, "Weight decay.")
     adam_beta2: float = option(0.95, "Adam's beta2.")
+    report_to: str = option("auto", "Beside log.jsonl: tensorboard (by default if installed), wandb, none.")
     logging_steps: float = option(1, "Steps between two lines of the log.")
     logging_nan_inf_filter: bool = option(False, "Leave NaN out of the logged loss; training stops at NaN otherwise.")
     remove_unused_columns: bool = option(False, "Not used: the batches hold what the model reads.")
@@ -113,8 +114,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.dataloader_pin_memory = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # each is used; looking for others costs time
-        if not self.report_to or self.report_to in ("none", ["none"]):
-            self.report_to = ["tensorboard"] if find_spec("tensorboard") else "none"
+        if self.report_to == "auto":
+            self.report_to = "tensorboard" if find_spec("tensorboard") else "none"
         if self.deepspeed:
             self.deepspeed = prepare_deepspeed(self.deepspeed, self.use_cpu)
         try:
