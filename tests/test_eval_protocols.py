@@ -148,7 +148,8 @@ def test_cells_that_pandas_takes_for_missing(tmp_path: Path) -> None:
 def test_micro_and_macro() -> None:
     """MMLU counts every question the same, C-Eval every subject; its Hard is a part of STEM."""
     mmlu = make(EvaluateMmlu)
-    samples = [Sample(str(i), "virology" if i < 4 else "anatomy", {}) for i in range(5)]
+    row = {"answer": "A"}
+    samples = [Sample(str(i), "virology" if i < 4 else "anatomy", row) for i in range(5)]
     verdicts = [Verdict(value) for value in (1.0, 1.0, 1.0, 0.0, 0.0)]
     scores = {score.name: score for score in mmlu.scores(samples, verdicts)}
     assert next(iter(scores)) == "average (micro)"
@@ -159,7 +160,7 @@ def test_micro_and_macro() -> None:
     ceval = make(EvaluateCeval)
     assert len(ceval.subjects) == 52 and len(mmlu.subjects) == 57 and len(make(EvaluateCmmlu).subjects) == 67
     assert len(ceval.categories["Hard"]) == 8
-    samples = [Sample("0", "college_physics", {}), Sample("1", "college_physics", {}), Sample("2", "law", {})]
+    samples = [Sample(str(i), name, row) for i, name in enumerate(("college_physics", "college_physics", "law"))]
     scores = {score.name: score.value for score in ceval.scores(samples, [Verdict(1.0), Verdict(0.0), Verdict(0.0)])}
     assert next(iter(scores)) == "average (macro)" and scores["average (macro)"] == 25
     assert scores["Hard"] == scores["STEM"] == 50 and scores["average (micro)"] == pytest.approx(100 / 3)
