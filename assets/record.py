@@ -65,7 +65,6 @@ def record_page(driver: webdriver.Chrome, url: str, output: Path) -> None:
     """A question and its reply on a desk; then the same on a phone, in the dark."""
     page = Page(driver, url).open()
     set_size(driver, 1280, 860)
-    page.type("#system textarea", SYSTEM)
     frames = [look(driver)]
     page.send(QUESTION)
     while page.is_busy or len(frames) < 3:
