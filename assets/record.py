@@ -65,13 +65,12 @@ def record_page(driver: webdriver.Chrome, url: str, output: Path) -> None:
     """A question and its reply on a desk; then the same on a phone, in the dark."""
     page = Page(driver, url).open()
     set_size(driver, 1280, 860)
-    page.type("#system textarea", SYSTEM)
     frames = [look(driver)]
     page.send(QUESTION)
-    while page.is_busy or len(frames) < 3:
+    page.wait(lambda: page.is_busy)
+    while page.is_busy:
         frames.append(look(driver))
         time.sleep(FRAME)
-    page.wait(lambda: not page.is_busy)
     frames.append(look(driver))
     frames[-1].save(output / "web_demo.png", optimize=True)
     save_animation(frames, output / "web_demo.gif", 800)

@@ -24,7 +24,7 @@ PROGRAMS = browser.find_chromium()
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(PROGRAMS is None, reason="no Chromium: apt-get install chromium chromium-driver")
 
-LONG = "say: " + " ".join(str(number) for number in range(400))
+LONG = "say: " + " ".join(str(number) for number in range(150))
 HTML = '<img src=x onerror="window.pwned=1"> <script>window.pwned=1</script> <b>bold</b>'
 
 
@@ -55,7 +55,7 @@ def serve(log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
 def url(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two replies at once, and room for short chats only."""
     log = tmp_path_factory.mktemp("web") / "stdout.txt"
-    with serve(log, "--max-users", "2", "--kv-cache-gib", "0.2", "--lang", "en") as (_, url):
+    with serve(log, "--max-users", "2", "--kv-cache-gib", "0.3", "--lang", "en") as (_, url):
         yield url
 
 
@@ -90,7 +90,7 @@ def test_a_reply_streams_and_can_be_stopped(page: Page) -> None:
     assert longer.startswith("0 1 2 3") and page.is_busy
     page.click("#message .stop-button")
     page.wait(lambda: not page.is_busy)
-    assert "stopped" in page.notes[-1] and "399" not in page.answer
+    assert "stopped" in page.notes[-1] and "149" not in page.answer
     assert page.ask("say: All is well.").startswith("All is well.")
     assert re.search(r"\d+ tokens, [\d.]+ tokens/s, prompt \d+$", page.notes[-1])
 
@@ -202,7 +202,7 @@ def test_settings_act_and_can_be_reset(page: Page) -> None:
 
 
 def test_errors_are_sentences_and_the_next_message_works(page: Page) -> None:
-    page.ask("word " * 4000)
+    page.ask("word " * 8000)
     assert re.fullmatch(r"No reply: the prompt has [\d,]+ tokens and .*: shorten it", page.notes[-1])
     assert page.ask("say: fine").startswith("fine")
     assert "prompt 3" in page.notes[-1]  # the failed question is not told to the model
