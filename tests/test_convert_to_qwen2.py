@@ -26,7 +26,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 import convert_to_qwen2
 import golden
 from profiling.peers import LLAMA_WORKER
-from qwen import QwenError, QWenTokenizer
+from qwen import QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.checkpoint import list_weight_files
 from qwen.fast_tokenizer import fast_tokenizer
 from utils import load_model_and_tokenizer
@@ -161,7 +161,7 @@ def test_int4_is_cut_exactly(tiny: Path, tmp_path: Path) -> None:
         assert state[f"{layer}.qzeros"].shape[1] * 32 // bits == state[f"{layer}.qweight"].shape[1]
     twin = Qwen2ForCausalLM(Qwen2ForCausalLM.config_class(**config)).eval()
     twin.load_state_dict(dense, strict=True)
-    model, _ = load_model_and_tokenizer(source, device="cpu", dtype="fp32")
+    model = QWenLMHeadModel.from_pretrained(source, dtype=torch.float32)  # so many rows run in float32
     ids = torch.arange(32)[None]
     assert (twin(ids).logits - model(ids).logits).abs().max() < 1e-4 * model(ids).logits.abs().max()
 
@@ -190,7 +190,7 @@ def test_fast_tokenizer_on_the_texts_of_this_project(tokenizer: QWenTokenizer, f
 
 
 @given(st.text(max_size=40) | st.text(alphabet=" \n\r\t'sre1２é中文。, .!?<|im_end|>\u3000", max_size=60))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_fast_tokenizer_on_any_text(tokenizer: QWenTokenizer, fast: TokenizersBackend, text: str) -> None:
     if "\u0338" in unicodedata.normalize("NFD", text):
         return  # tokenizers normalises what follows a control token apart from it
@@ -212,13 +212,16 @@ def test_every_token_is_itself(tokenizer: QWenTokenizer, fast: TokenizersBackend
     assert checked > 15_000
 
 
-def test_extra_vocabulary_keeps_its_ids(tmp_path: Path) -> None:
-    lines = [(b" qw", 151851), (b" qwzj", 151852)]
+def test_extra_vocabulary_keeps_its_ids(tiny: Path, tmp_path: Path) -> None:
+    """Its ids lie beyond the control tokens, where tokenizers would put those."""
+    first = len(QWenTokenizer(tiny / "qwen.tiktoken"))
     extra = tmp_path / "extra.tiktoken"
+    lines = [(b"qz", first), (b"qzj", first + 1)]
     extra.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in lines))
-    tokenizer = QWenTokenizer(golden.DATA / "qwen.tiktoken", extra_vocab_file=str(extra))
+    tokenizer = QWenTokenizer(tiny / "qwen.tiktoken", extra_vocab_file=str(extra))
     fast = TokenizersBackend(tokenizer_object=fast_tokenizer(tokenizer))
-    for text in ("a qw b", "<|im_start|>user\n qwzj<|im_end|>", "<|extra_204|> qw"):
+    assert tokenizer.encode("qzj") == [first + 1]
+    for text in ("a qzb", "<|im_start|>user\nqzj<|im_end|>", "<|extra_204|>qzj"):
         assert fast.encode(text) == tokenizer.encode(text)
 
 
