@@ -32,6 +32,7 @@ from qwen.qwen2 import join_parts, qwen2_settings, qwen_settings, qwen_sources, 
 from utils import DEFAULT_CHECKPOINT, check_loadable, find_checkpoint, load_config, run_script
 
 GB = 10**9
+ZERO_BIASES = "stores_zero_biases"  # whether an Int4 checkpoint has them, as official ones do
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,10 +81,12 @@ def convert(source: Path, target: Path, shard_bytes: float) -> None:
     save_fast_tokenizer(tokenizer, target, chat=is_chat, max_length=settings["max_position_embeddings"])
     write_json(target / "config.json", settings)
     save_generation_config(source, target)
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+    for name in ("generation_config.json", "tokenizer_config.json"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / f"qwen_{name}")
+            shutil.copyfile(source / name, target / f"qwen_{name}")  # which no engine reads, for the way back
     files = WeightFiles(source)
+    note = {ZERO_BIASES: any(name.endswith(".mlp.w1.bias") for name in files.names())}
+    write_json(target / "qwen_config.json", {**read_json(source / "config.json"), **note})
     pairs = (pair for name in files.names() for pair in to_qwen2(name, files.read(name)))
     write_shards(pairs, target, shard_bytes, files.total_bytes)
 
@@ -105,6 +108,7 @@ def convert_back(source: Path, target: Path, shard_bytes: float) -> None:
     if (source / "qwen_config.json").is_file():
         # What training in other engines may have changed comes from the new settings.
         made = {**read_json(source / "qwen_config.json"), "dtype": made["dtype"], "vocab_size": made["vocab_size"]}
+    zero_biases = made.pop(ZERO_BIASES, True)
     write_json(target / "config.json", made)
     restore_vocabulary(source / "tokenizer.json", target / "qwen.tiktoken")
     for name in ("generation_config.json", "tokenizer_config.json"):
@@ -120,14 +124,16 @@ def convert_back(source: Path, target: Path, shard_bytes: float) -> None:
     files = WeightFiles(source)
     sources = qwen_sources(files.names())
     pairs = ((name, join_parts(name, [files.read(part) for part in parts])) for name, parts in sources.items())
-    write_shards(with_zero_biases(pairs, made), target, shard_bytes, files.total_bytes)
+    if zero_biases:
+        pairs = with_zero_biases(pairs)
+    write_shards(pairs, target, shard_bytes, files.total_bytes)
 
 
-def with_zero_biases(pairs: Iterator[tuple[str, Tensor]], settings: dict) -> Iterator[tuple[str, Tensor]]:
+def with_zero_biases(pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The tensors, and those that official GPTQ checkpoints store for layers without a bias."""
     for name, tensor in pairs:
         yield name, tensor
-        if name.endswith(".scales") and "quantization_config" in settings and ".c_attn." not in name:
+        if name.endswith(".scales") and ".c_attn." not in name:
             yield name.removesuffix("scales") + "bias", tensor.new_zeros(tensor.shape[1])
 
 
