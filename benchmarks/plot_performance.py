@@ -65,7 +65,7 @@ def plot(benchmarks: list[str], scores: Scores, path: Path, title: str) -> None:
         lefts = [column + (place - (len(scores) - 1) / 2) * width for column, _ in drawn]
         bars = axes.bar(lefts, [value for _, value in drawn], width, label=model, color=color)
         if last:
-            axes.bar_label(bars, fontsize=8)
+            axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.set_xticks(range(len(benchmarks)), benchmarks)
     axes.set(ylabel="score", title=title)
     axes.spines[["top", "right"]].set_visible(False)
