@@ -144,6 +144,7 @@ def test_tools_of_the_react_demo(tmp_path: Path) -> None:
         demo["make_search"](tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_react_demo(brief_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         run_example("react_demo", "-c", brief_demo, "--max-rounds", 1, "What is 2 * 3?")
@@ -171,7 +172,7 @@ def test_batch_inference(brief_demo: Path, tmp_path: Path) -> None:
     with pytest.raises(QwenError, match="line 1 is no answer"):
         run_example("batch_inference", "-c", brief_demo, questions, answers)
     with pytest.raises(QwenError, match="can't be read"):
-        run_example("batch_inference", "-c", brief_demo, tmp_path / "nothing.txt", answers)
+        run_example("batch_inference", "-c", brief_demo, tmp_path / "nothing.txt", tmp_path / "new.jsonl")
 
 
 def test_long_context(brief_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
