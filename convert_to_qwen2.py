@@ -119,7 +119,9 @@ def convert_back(source: Path, target: Path, shard_bytes: float) -> None:
         write_json(target / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer"})
     if not (target / "generation_config.json").is_file() and (source / "generation_config.json").is_file():
         generation = read_json(source / "generation_config.json")
-        is_chat = "chat_template" in read_json(source / "tokenizer_config.json")
+        is_chat = (source / "chat_template.jinja").is_file() or "chat_template" in read_json(
+            source / "tokenizer_config.json"
+        )
         write_json(target / "generation_config.json", {"chat_format": "chatml" if is_chat else "raw", **generation})
     files = WeightFiles(source)
     sources = qwen_sources(files.names())
