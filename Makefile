@@ -29,7 +29,7 @@ test: .venv/installed-dev
 	@$(PIP) --requirement requirements.txt >&2
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements_dev.txt requirements_openai_api.txt requirements_web_demo.txt
+.venv/installed-dev: .venv/installed requirements_dev.txt requirements_eval.txt requirements_openai_api.txt requirements_web_demo.txt
 	@$(PIP) --requirement requirements_dev.txt >&2
 	@touch $@
 

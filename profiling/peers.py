@@ -11,23 +11,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from profiling.costs import Row
 from profiling.gguf_file import write_gguf
-from qwen import QWenConfig, QWenLMHeadModel
+from qwen import QWenLMHeadModel
 from qwen.checkpoint import check_architecture
 from qwen.errors import QwenError
+from qwen.qwen2 import qwen2_settings, qwen2_state
 from utils import find_checkpoint
 
 PEERS = ("llama.cpp", "transformers")
 LLAMA_WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 INSTALL = "install it there with pip install llama-cpp-python, or name another interpreter with --peer-python"
-
-QWEN2_NAMES = {
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.w1": "mlp.up_proj",
-    "mlp.w2": "mlp.gate_proj",
-    "mlp.c_proj": "mlp.down_proj",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-}
 
 
 # ---- llama.cpp ----
@@ -93,48 +85,16 @@ def run_llama_cpp(job: dict, python: str) -> dict:
 
 def as_qwen2(model: QWenLMHeadModel) -> Qwen2ForCausalLM:
     """The same weights, shared and not copied, in transformers' Qwen2 class: equal up to `seq_length` tokens."""
-    config: QWenConfig = model.config
-    if not config.no_bias:
-        raise QwenError("--peer transformers: this checkpoint has biases that Qwen2 does not know (no_bias is false)")
-    sizes = Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size // 2,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.kv_channels,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.layer_norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": float(config.rotary_emb_base)},
-        tie_word_embeddings=False,
-        attn_implementation=config._attn_implementation,
-    )
+    try:
+        sizes = Qwen2Config(**qwen2_settings(model.config), attn_implementation=model.config._attn_implementation)
+    except QwenError as error:
+        raise QwenError(f"--peer transformers: {error}") from None
     with torch.device("meta"):
         peer = Qwen2ForCausalLM(sizes)
-    peer.load_state_dict(qwen2_weights(model), strict=True, assign=True)
+    peer.load_state_dict(qwen2_state(model.named_parameters()), strict=True, assign=True)
     # Its rotary buffers are no part of a state dict: a new module computes them on the device.
     peer.model.rotary_emb = type(peer.model.rotary_emb)(config=sizes).to(model.device)
     return peer.eval()
-
-
-def qwen2_weights(model: QWenLMHeadModel) -> dict[str, torch.Tensor]:
-    """Qwen's state dict under Qwen2's names; c_attn is cut into views of q, k and v."""
-    state = {
-        "model.embed_tokens.weight": model.transformer.wte.weight,
-        "model.norm.weight": model.transformer.ln_f.weight,
-        "lm_head.weight": model.lm_head.weight,
-    }
-    for index, block in enumerate(model.transformer.h):
-        prefix = f"model.layers.{index}."
-        for name, parameter in block.named_parameters():
-            module, _, kind = name.rpartition(".")
-            if module == "attn.c_attn":
-                for part, tensor in zip("qkv", parameter.chunk(3), strict=True):
-                    state[f"{prefix}self_attn.{part}_proj.{kind}"] = tensor
-            else:
-                state[f"{prefix}{QWEN2_NAMES[module]}.{kind}"] = parameter
-    return state
 
 
 def has_transformers_peer(row: Row) -> bool:

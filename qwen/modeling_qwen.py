@@ -80,7 +80,7 @@ def rotary_embedding(position_ids: Tensor, alpha: Tensor | None, config: QWenCon
     Computed at each call rather than kept in a buffer: it is small, and each conversation may have its own alpha.
     """
     even = torch.arange(0, config.kv_channels, 2, device=position_ids.device, dtype=torch.float32)  # (D/2,)
-    inv_freq = config.rotary_emb_base ** (-even / config.kv_channels)
+    inv_freq = 1 / config.rotary_emb_base ** (even / config.kv_channels)  # so written, equal to Qwen2 to the last bit
     if alpha is not None:
         inv_freq = inv_freq * alpha[:, None] ** (-even / (config.kv_channels - 2))  # (B, D/2)
         inv_freq = inv_freq[:, None, None, :]

@@ -1,6 +1,7 @@
 """Files of the user's: where the cache is, and how a file is written whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,3 +29,26 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path` to fill; when the body ends well it becomes `path`, otherwise it is deleted.
+
+    Raises:
+        QwenError: `path` exists and is not an empty directory, or nothing can be written there.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise QwenError(f"{path} exists and is not empty: give another directory, or delete it")
+    draft = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.partial")
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise QwenError(f"{path} can't be written ({error.strerror}): give another directory") from error
+    try:
+        yield draft
+        if path.exists():
+            path.rmdir()  # empty: Windows won't replace it
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

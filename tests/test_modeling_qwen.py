@@ -19,6 +19,7 @@ import golden
 from golden import TOLERANCE, difference, left_pad
 from qwen import QWenConfig, QwenError, QWenLMHeadModel
 from qwen.modeling_qwen import dynamic_ntk_alpha
+from qwen.qwen2 import qwen2_settings, qwen2_state
 
 SEQ_LENGTH = golden.MODEL["config"]["seq_length"]  # 64
 
@@ -84,34 +85,9 @@ def test_greedy(model: QWenLMHeadModel) -> None:
 
 
 def as_qwen2(model: QWenLMHeadModel) -> Qwen2ForCausalLM:
-    """The same model in Qwen2's layout: c_attn is q, k, v; w2 the gate and w1 the up projection."""
-    config = model.config
-    twin = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size // 2,
-            rms_norm_eps=config.layer_norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rotary_emb_base},
-        )
-    ).eval()
-    state = {}
-    renamed = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj"}
-    renamed |= {"mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj"}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("transformer.wte", "model.embed_tokens").replace("transformer.ln_f", "model.norm")
-        name = name.replace("transformer.h.", "model.layers.")
-        if "c_attn" in name:
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                state[name.replace("attn.c_attn", f"self_attn.{part}_proj")] = piece
-            continue
-        for ours, theirs in renamed.items():
-            name = name.replace(f".{ours}.", f".{theirs}.")
-        state[name] = tensor
-    twin.load_state_dict(state)
+    """The same weights in transformers' class, as convert_to_qwen2.py maps them."""
+    twin = Qwen2ForCausalLM(Qwen2Config(**qwen2_settings(model.config))).eval()
+    twin.load_state_dict(qwen2_state(model.state_dict().items()))
     return twin
 
 

@@ -1,6 +1,5 @@
 """README.md and README_CN.md: the same code and structure in both, and what they name exists, parses and runs."""
 
-import json
 import re
 import runpy
 import shlex
@@ -177,19 +176,6 @@ def test_flags_and_chat_commands_exist(capsys: pytest.CaptureFixture[str]) -> No
     typed = [span[1:].partition(" ") for span in named if span.startswith(":")]
     assert typed and [command for command, _, _ in typed if command not in COMMANDS] == []
     assert [parse_settings(pairs, Texts("en")) for command, _, pairs in typed if command == "conf"]
-
-
-@pytest.fixture
-def brief_demo(demo_checkpoint: Path, tmp_path: Path) -> Path:
-    """The demo checkpoint with short replies, always the likeliest ones."""
-    copy = tmp_path / "brief"
-    copy.mkdir()
-    for file in demo_checkpoint.iterdir():
-        (copy / file.name).symlink_to(file)
-    settings = json.loads((copy / "generation_config.json").read_text())
-    (copy / "generation_config.json").unlink()
-    (copy / "generation_config.json").write_text(json.dumps(settings | {"max_new_tokens": 16, "top_k": 1}))
-    return copy
 
 
 def test_python_blocks_run(
