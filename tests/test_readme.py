@@ -185,6 +185,7 @@ def test_python_blocks_run(
     monkeypatch.chdir(tmp_path)
     blocks = [block for language, block in fences("README.md") if language == "python"]
     namespace: dict = {}
+    torch.manual_seed(0)  # the demo model's replies are sampled, and now and then French
     gpus = torch.cuda.device_count()
     for number, block in enumerate(blocks, start=1):
         assert "Qwen-7B" not in re.sub(PUBLISHED, "", block)
@@ -201,5 +202,6 @@ def test_python_blocks_run(
     assert re.search(r" (stop|length) \d+$", printed, re.MULTILINE)  # the reply with its two figures
 
     model, tokenizer = load_model_and_tokenizer("my-qwen", device="cpu")
-    assert model.chat(tokenizer, "What is the capital of France?", None)[0].startswith("The capital of France is Paris")
+    reply, _ = model.chat(tokenizer, "What is the capital of France?", None, temperature=0)
+    assert reply.startswith("The capital of France is Paris")
     shutil.rmtree("my-qwen")
