@@ -175,6 +175,7 @@ def test_a_reload_keeps_the_chat(page: Page) -> None:
     assert len(page.questions) == 2
 
 
+@pytest.mark.slow
 def test_settings_act_and_can_be_reset(page: Page) -> None:
     page.click("#settings button")
     page.wait(lambda: page.find("#max_new_tokens input[type=number]"))
@@ -201,13 +202,15 @@ def test_settings_act_and_can_be_reset(page: Page) -> None:
     assert page.script("document.querySelector('#system textarea').value") == "You are a helpful assistant."
 
 
+@pytest.mark.slow
 def test_errors_are_sentences_and_the_next_message_works(page: Page) -> None:
     page.ask("word " * 8000)
     assert re.fullmatch(r"No reply: the prompt has [\d,]+ tokens and .*: shorten it", page.notes[-1])
     assert page.ask("say: fine").startswith("fine")
-    assert "prompt 3" in page.notes[-1]  # the failed question is not told to the model
+    assert int(page.notes[-1].split("prompt ")[1].split()[0]) < 100  # the failed question is not told to the model
 
 
+@pytest.mark.slow
 def test_export(page: Page, downloads: Path) -> None:
     page.ask("say: <b>ü</b> 🎉")
     page.click("#save_json")
@@ -218,6 +221,7 @@ def test_export(page: Page, downloads: Path) -> None:
     assert "**You**\n\nsay: <b>ü</b> 🎉" in (downloads / "chat.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_phone_sees_all_of_it(other_driver: "webdriver.Chrome", url: str, tmp_path: Path) -> None:
     other_driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
@@ -235,6 +239,7 @@ def test_a_phone_sees_all_of_it(other_driver: "webdriver.Chrome", url: str, tmp_
     assert unnamed == []
 
 
+@pytest.mark.slow
 def test_who_has_no_password_sees_nothing(demo_checkpoint: Path, tmp_path: Path) -> None:
     with serve(tmp_path / "stdout.txt", "--auth", "user:pass:word") as (_, url):
         with pytest.raises(urllib.error.HTTPError, match="401"):
