@@ -132,7 +132,8 @@ class Engine:
         with self.wake:
             if self.closing is not None:
                 raise Closed
-            if len(self.waiting) + len(requests) > self.limits.max_queue + self.limits.max_batch - len(self.running):
+            wanted = [job for job in (*self.running, *self.waiting) if not job.cancelled]
+            if len(wanted) + len(requests) > self.limits.max_queue + self.limits.max_batch:
                 raise QueueFull
             jobs = [
                 Job(request, lambda update, number=number: deliver(number, update), self.limits.timeout)

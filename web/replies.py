@@ -134,7 +134,7 @@ class Replier:
 
     def _place(self, job: object) -> int | None:
         """A job's place in the queue, from 1; None if it is read or written already."""
-        waiting = list(self.engine.waiting)
+        waiting = [other for other in list(self.engine.waiting) if not other.cancelled]
         return waiting.index(job) + 1 if job in waiting else None
 
     def stop(self, session: str) -> None:
