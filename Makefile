@@ -4,7 +4,8 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-PIP = .venv/bin/pip install --quiet --constraint constraints.txt
+# Compiling all modules of all packages takes longer than compiling those that are imported.
+PIP = .venv/bin/pip install --quiet --no-compile --constraint constraints.txt
 
 # For the browser tests, where that is quick and allowed; without it they are skipped.
 CHROMIUM = test "$$(id -u)" = 0 && timeout 60 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 240 apt-get \

@@ -189,6 +189,7 @@ def test_summary() -> None:
     assert "| published, Qwen-7B-Chat-Int4, August 2023 | 38.1 | 23.8 |" in lines
 
 
+@pytest.mark.slow  # five scripts in processes of their own
 def test_run_all(demo_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two checkpoints, one benchmark, in processes of their own; the second time all answers are there already."""
     (tmp_path / "gsm8k").symlink_to(DATA / "gsm8k")
