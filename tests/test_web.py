@@ -137,6 +137,7 @@ def test_places_in_the_queue_and_a_stop_that_frees_the_model(replier: Replier) -
         (["--auth", "me:"], "--auth takes USER:PASSWORD"),
         (["--max-users", "0"], "--max-users 0 is too low"),
         (["--tp", "2"], "--tp works in chats"),
+        (["--compile"], "--compile is for one reply at a time"),
         (["--server-name", "192.0.2.1", "--server-port", "0"], "can't listen on 192.0.2.1:0"),
     ],
 )
