@@ -112,6 +112,11 @@ def test_nothing_that_is_code_or_link_got_lost_in_translation() -> None:
     assert sorted(english[1:]) == sorted(chinese[1:])
 
 
+@both
+def test_it_stays_short(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 300
+
+
 # ---- what is named exists ----
 
 
