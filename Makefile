@@ -4,12 +4,15 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-# Compiling all modules of all packages takes longer than compiling those that are imported.
+# Compiling all modules of all packages takes longer than compiling those that are imported, once.
 PIP = .venv/bin/pip install --quiet --no-compile --constraint constraints.txt
 
 # For the browser tests, where that is quick and allowed; without it they are skipped.
 CHROMIUM = test "$$(id -u)" = 0 && timeout 60 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 240 apt-get \
 	install -y --no-install-recommends chromium chromium-driver fonts-noto-cjk fonts-noto-color-emoji
+
+# Without bytecode every test that starts a process would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test clean
 

@@ -21,7 +21,8 @@ from .chat import collect_chat, plan_chat, stream_chat
 from .completions import collect_completion, plan_completion, stream_completion
 from .errors import ApiError, add_error_handlers
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from .server import Replies, Server, cancelled_on_leaving
+from .replies import Replies, cancelled_on_leaving
+from .server import Server
 
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # for whoever watches the server, without a key
 BODY_SECONDS = 60.0  # for a client to send its request

@@ -16,8 +16,9 @@ from .engine import Request, Update
 from .errors import ApiError
 from .grammar import Constraint
 from .protocol import ChatRequest, FunctionName, NamedTool
+from .replies import Replies, stream_choices
 from .sampling import Choice
-from .server import Replies, Server, logger
+from .server import Server, logger
 
 FORCED_THOUGHT = "I need to use a tool."
 
@@ -230,38 +231,15 @@ def describe_choice(tokenizer: Any, choice: Choice) -> dict[str, Any]:
     return {**describe_token(tokenizer, choice.token, choice.logprob), "top_logprobs": top}
 
 
-class Usage:
-    """Counts the tokens of a response."""
-
-    def __init__(self, requests: Sequence[Request], prompts: int = 1) -> None:
-        self.prompt_tokens = sum(len(request.prompt) for request in requests[:: max(1, len(requests) // prompts)])
-        self.completion = [0] * len(requests)
-        self.cached: dict[int, int] = {}
-
-    def count(self, number: int, update: Update) -> None:
-        self.completion[number] = update.completion_tokens
-        self.cached.setdefault(number, update.cached_tokens)
-
-    def whole(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": sum(self.completion),
-            "total_tokens": self.prompt_tokens + sum(self.completion),
-            "prompt_tokens_details": {"cached_tokens": self.cached.get(0, 0)},
-        }
-
-
 async def collect_chat(server: Server, plan: ChatPlan, replies: Replies) -> dict[str, Any]:
     """The response that is sent in one piece."""
     readers = [ChoiceReader(server, plan, index) for index in range(len(plan.requests))]
-    usage = Usage(plan.requests)
     async for step in replies:
         if step is not None:
             number, update = step
             readers[number].read(update)
-            usage.count(number, update)
     response = server.head("chat.completion", "chatcmpl")
-    return {**response, "choices": [reader.whole() for reader in readers], "usage": usage.whole()}
+    return {**response, "choices": [reader.whole() for reader in readers], "usage": replies.usage()}
 
 
 async def stream_chat(
@@ -270,16 +248,7 @@ async def stream_chat(
     """The response's chunks; None where a comment shall keep the connection alive."""
     head = server.head("chat.completion.chunk", "chatcmpl") | ({"usage": None} if include_usage else {})
     readers = [ChoiceReader(server, plan, index) for index in range(len(plan.requests))]
-    usage = Usage(plan.requests)
     for reader in readers:
         yield {**head, "choices": [reader.chunk({"role": "assistant", "content": ""})]}
-    async for step in replies:
-        if step is None:
-            yield None
-            continue
-        number, update = step
-        usage.count(number, update)
-        for chunk in readers[number].read(update):
-            yield {**head, "choices": [chunk]}
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage.whole()}
+    async for chunk in stream_choices(head, readers, replies, include_usage):
+        yield chunk

@@ -5,12 +5,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .chat import Usage, describe_token
+from .chat import describe_token
 from .engine import Request, Update
 from .errors import ApiError
 from .protocol import CompletionRequest
+from .replies import Replies, stream_choices
 from .sampling import Choice
-from .server import Replies, Server, logger
+from .server import Server, logger
 
 DEFAULT_TOKENS = 16  # as OpenAI documents
 
@@ -63,8 +64,8 @@ class CompletionReader:
         self.offset = 0  # in the text, of the next token
         self.is_begun = False
 
-    def read(self, update: Update) -> dict[str, Any] | None:
-        """What an update adds, if anything."""
+    def read(self, update: Update) -> list[dict[str, Any]]:
+        """What an update adds: one piece, or none."""
         text, entries = "", []
         prompt = self.plan.requests[self.index].prompt
         if self.plan.echo and not self.is_begun:
@@ -76,10 +77,10 @@ class CompletionReader:
         if self.plan.logprobs is not None and update.finish_reason != "stop":
             entries += self._entries(update.choices)
         if not text and not entries and update.finish_reason is None:
-            return None
+            return []
         logprobs = None if self.plan.logprobs is None else merge_entries(entries)
         reason = "stop" if update.finish_reason == "stop_word" else update.finish_reason
-        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return [{"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}]
 
     def _entries(self, choices: Sequence[Choice]) -> list[tuple]:
         """Token, log-probability, likeliest tokens and place in the text, for each choice."""
@@ -109,14 +110,13 @@ def merge_pieces(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
 async def collect_completion(server: Server, plan: CompletionPlan, replies: Replies) -> dict[str, Any]:
     """The response that is sent in one piece."""
     readers = [CompletionReader(server, plan, index) for index in range(len(plan.requests))]
-    usage, pieces = Usage(plan.requests, plan.prompts), [[] for _ in readers]
+    pieces: list[list[dict[str, Any]]] = [[] for _ in readers]
     async for step in replies:
         if step is not None:
             number, update = step
-            usage.count(number, update)
-            pieces[number] += filter(None, [readers[number].read(update)])
+            pieces[number] += readers[number].read(update)
     choices = [merge_pieces(parts) for parts in pieces]
-    return {**server.head("text_completion", "cmpl"), "choices": choices, "usage": usage.whole()}
+    return {**server.head("text_completion", "cmpl"), "choices": choices, "usage": replies.usage(plan.prompts)}
 
 
 async def stream_completion(
@@ -125,14 +125,5 @@ async def stream_completion(
     """The response's chunks; None where a comment shall keep the connection alive."""
     head = server.head("text_completion", "cmpl") | ({"usage": None} if include_usage else {})
     readers = [CompletionReader(server, plan, index) for index in range(len(plan.requests))]
-    usage = Usage(plan.requests, plan.prompts)
-    async for step in replies:
-        if step is None:
-            yield None
-            continue
-        number, update = step
-        usage.count(number, update)
-        if piece := readers[number].read(update):
-            yield {**head, "choices": [piece]}
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage.whole()}
+    async for chunk in stream_choices(head, readers, replies, include_usage, plan.prompts):
+        yield chunk

@@ -1,22 +1,17 @@
-"""What the endpoints share: the engine once it is there, the settings, and replies as asyncio sees them."""
+"""What the endpoints share: the engine once it is there, and the settings."""
 
-import asyncio
-import contextlib
 import hashlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from starlette.requests import Request as HttpRequest
 
-from qwen import QwenError
-
-from .engine import Closed, Engine, QueueFull, Request, Update, describe_error
+from .engine import Engine
 from .errors import ApiError
 from .grammar import Grammars
 from .metrics import Metrics
@@ -134,73 +129,3 @@ class Server:
         tokenizer = self.ready.tokenizer
         ids = [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id]
         return [*ids, *([eos] if isinstance(eos, int) else eos or [])]
-
-
-class Replies:
-    """The replies to some requests, decoded together; iterate over (number of the request, what it adds)."""
-
-    def __init__(self, engine: Engine, requests: Sequence[Request], keep_alive: float) -> None:
-        self.engine, self.count, self.keep_alive = engine, len(requests), keep_alive
-        loop = asyncio.get_running_loop()
-        self.updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        try:
-            self.jobs = engine.submit(
-                requests,
-                lambda number, update: loop.call_soon_threadsafe(self.updates.put_nowait, (number, update)),
-            )
-        except QueueFull:
-            message = f"the server is busy: {engine.limits.max_queue} requests wait already"
-            raise ApiError(429, message, code="queue_full", retry_after=5) from None
-        except Closed:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=30) from None
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Update] | None]:
-        """What comes, and None where nothing has come for a while.
-
-        Raises:
-            ApiError: a reply failed.
-        """
-        unfinished = self.count
-        while unfinished:
-            try:
-                number, update = await asyncio.wait_for(self.updates.get(), self.keep_alive)
-            except asyncio.TimeoutError:
-                yield None
-                continue
-            if update.error is not None:
-                raise reply_error(update.error)
-            unfinished -= update.finish_reason is not None
-            yield number, update
-
-    def cancel(self) -> None:
-        self.engine.cancel(self.jobs)
-
-
-def reply_error(error: Exception) -> ApiError:
-    if isinstance(error, TimeoutError):
-        return ApiError(504, str(error), code="timeout")
-    if isinstance(error, Closed):
-        return ApiError(503, str(error), code="shutting_down", retry_after=30)
-    if isinstance(error, ConnectionError):
-        return ApiError(499, str(error))  # which nobody reads
-    if not isinstance(error, QwenError):
-        logger.error("a reply failed", exc_info=error)
-    return ApiError(500, f"the reply failed: {describe_error(error)}", code="reply_failed")
-
-
-@contextlib.contextmanager
-def cancelled_on_leaving(http: HttpRequest, replies: Replies) -> Iterator[None]:
-    """End the replies when the client hangs up, or when this block is left early."""
-
-    async def watch() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        replies.cancel()
-        replies.updates.put_nowait((0, Update(error=ConnectionError("the client has gone"))))
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        replies.cancel()

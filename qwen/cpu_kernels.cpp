@@ -171,7 +171,7 @@ constexpr int BLOCK = 32;        // activations that share a scale when a produc
 constexpr int PANEL = 2 * W;     // rows of W worked on at once where there are many tokens
 constexpr int DEPTH = 256;       // columns of such a panel: 16 KiB in float32 on AVX2, half of a first-level cache
 constexpr int TILE = 6;          // tokens by PANEL rows: 12 accumulators
-constexpr int MANY = 16;         // from so many tokens on, W is turned into panels
+constexpr int MANY = 32;         // from so many tokens on, W is turned into panels
 constexpr int TOKENS = 64;       // tokens worked on at once in integers
 
 // Activations (T, cols) of a product, and what INT4 reads in their place.
@@ -256,30 +256,26 @@ static inline void dot_tile(const T* w, size_t w_stride, const float* x, size_t 
         for (int j = 0; j < RN; j++) out(i, j, sum(acc[i][j]));
 }
 
-template <int RM, class T, class Out>
-static inline void dot_rows(const T* w, size_t w_stride, const float* x, size_t x_stride, int tokens, int cols,
-                            Out out) {
-    int t = 0;
-    for (; t + 3 <= tokens; t += 3)
-        dot_tile<RM, 3>(w, w_stride, x + t * x_stride, x_stride, cols,
-                        [&](int i, int j, float v) { out(i, t + j, v); });
-    for (; t + 2 <= tokens; t += 2)
-        dot_tile<RM, 2>(w, w_stride, x + t * x_stride, x_stride, cols,
-                        [&](int i, int j, float v) { out(i, t + j, v); });
-    for (; t < tokens; t++)
-        dot_tile<RM, 1>(w, w_stride, x + t * x_stride, x_stride, cols, [&](int i, int, float v) { out(i, t, v); });
+// RM rows of W by all tokens, RN at a time, and what is left over at once.
+template <int RM, int RN, class T, class Out>
+static inline void dot_rows(const T* w, size_t w_stride, const float* x, size_t x_stride, int tokens, int cols, Out out,
+                            int t = 0) {
+    for (; t + RN <= tokens; t += RN)
+        dot_tile<RM, RN>(w, w_stride, x + t * x_stride, x_stride, cols,
+                         [&](int i, int j, float v) { out(i, t + j, v); });
+    if constexpr (RN > 1) dot_rows<RM, RN - 1>(w, w_stride, x, x_stride, tokens, cols, out, t);
 }
 
-// All dot products of `rows` rows of W with `tokens` rows of x.
+// All dot products of `rows` rows of W with `tokens` rows of x. Tiles are as large as 16 vector registers hold.
 template <class T, class Out>
 static inline void dot_all(const T* w, size_t w_stride, int rows, const float* x, size_t x_stride, int tokens,
                            int cols, Out out) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4)
-        dot_rows<4>(w + r * w_stride, w_stride, x, x_stride, tokens, cols,
-                    [&](int i, int t, float v) { out(r + i, t, v); });
-    for (; r < rows; r++)
-        dot_rows<1>(w + r * w_stride, w_stride, x, x_stride, tokens, cols, [&](int, int t, float v) { out(r, t, v); });
+    const auto from = [&](int i, int t, float v) { out(r + i, t, v); };
+    if (tokens == 1)
+        for (; r + 4 <= rows; r += 4) dot_tile<4, 1>(w + r * w_stride, w_stride, x, x_stride, cols, from);
+    for (; r + 2 <= rows; r += 2) dot_rows<2, 4>(w + r * w_stride, w_stride, x, x_stride, tokens, cols, from);
+    for (; r < rows; r++) dot_rows<1, 4>(w + r * w_stride, w_stride, x, x_stride, tokens, cols, from);
 }
 
 // A panel (depth, PANEL) of `count` rows of W; what is missing of PANEL rows is zero.

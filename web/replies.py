@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 from api.engine import Engine, Request, Update
 from api.errors import ApiError
+from api.replies import Replies
 from api.sampling import Sampling
-from api.server import Replies
 from qwen import QwenError
 from qwen.chat import reply_config, reply_stops
 from qwen.chatml import DEFAULT_SYSTEM, Turn, build_prompt
