@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -168,7 +169,7 @@ class CpuDecoder:
         first = torch.zeros(B, dtype=torch.int32)
         if attention_mask is not None:
             first = attention_mask.long().argmax(-1).int()
-        places = torch.cat([self._places(row, B // len(row_caches), T, hidden.dtype) for row in row_caches], dim=1)
+        places = self._places(row_caches, B // len(row_caches), T, hidden.dtype)
         past = torch.tensor(past, dtype=torch.int32)
         step = _Step(
             places.data_ptr(), first.data_ptr(), past.data_ptr(),
@@ -196,22 +197,23 @@ class CpuDecoder:
         self.kernels.qwen_linear(byref(matrix), x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
         return y.to(hidden.dtype)
 
-    def _places(self, cache: Cache, B: int, T: int, dtype: torch.dtype) -> Tensor:
-        """Where the kernels find the keys and values of each row, and their capacity: (layers, B, 3) int64.
+    def _places(self, caches: Sequence[Cache], B: int, T: int, dtype: torch.dtype) -> Tensor:
+        """Where the kernels find the keys and values of each row, and their capacity: (layers, rows, 3) int64.
 
-        Each layer gets room for T more tokens.
+        Each cache holds B rows. Each layer gets room for T more tokens.
         """
         config, places = self.config, []
-        for layer in cache.layers:
-            if not layer.is_initialized:
-                empty = torch.empty(B, config.num_attention_heads, 0, config.kv_channels, dtype=dtype)
-                layer.lazy_initialization(empty, empty)
-            keys, values = layer.reserve(T)
-            places.append((keys.data_ptr(), values.data_ptr(), keys.shape[2]))
-        first = torch.tensor(places).unsqueeze(1)  # of row 0
+        for cache in caches:
+            for layer in cache.layers:
+                if not layer.is_initialized:
+                    empty = torch.empty(B, config.num_attention_heads, 0, config.kv_channels, dtype=dtype)
+                    layer.lazy_initialization(empty, empty)
+                keys, values = layer.reserve(T)
+                places.append((keys.data_ptr(), values.data_ptr(), keys.shape[2]))
+        first = torch.tensor(places).view(len(caches), -1, 3).transpose(0, 1)  # of row 0 of each cache
         size = first[:, :, 2] * (config.num_attention_heads * config.kv_channels * dtype.itemsize)  # bytes of a row
-        offsets = size[:, :, None] * torch.arange(B)[None, :, None] * torch.tensor([1, 1, 0])
-        return (first + offsets).contiguous()
+        offsets = size[:, :, None, None] * torch.arange(B)[:, None] * torch.tensor([1, 1, 0])
+        return (first[:, :, None] + offsets).flatten(1, 2).contiguous()
 
     def _weights_are_known(self, dtype: torch.dtype) -> bool:
         """Whether all modules are of the kinds that the kernels compute; describes them anew where they changed."""
