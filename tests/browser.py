@@ -106,7 +106,8 @@ class Page:
         """The finished reply to a message, with its note."""
         count = len(self.notes)
         self.send(text)
-        self.wait(lambda: len(self.notes) > count and not self.is_busy and not self.box)
+        # The box empties when the page takes the message, and shows from then on whether it is busy.
+        self.wait(lambda: len(self.notes) > count and not self.box and not self.is_busy)
         return self.answer
 
     def requests(self) -> set[str]:
