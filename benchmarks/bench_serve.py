@@ -128,10 +128,13 @@ async def get(port: int, path: str) -> tuple[int, bytes]:
     return int(answer.split()[1]), answer
 
 
-async def ask(target: Target, number: int, cell: Cell) -> None:
-    """One streamed chat; its times go into the cell."""
+async def ask(target: Target, clients: int, number: int, cell: Cell) -> None:
+    """One streamed chat; its times go into the cell. No prompt begins as another did, so none is known already."""
     question = PADDING * PADDINGS[number % 4] + QUESTIONS[number // 4 % 4]
-    messages = [{"role": "system", "content": f"You are number {number}."}, {"role": "user", "content": question}]
+    messages = [
+        {"role": "system", "content": f"{clients} clients, you are number {number}."},
+        {"role": "user", "content": question},
+    ]
     body = {"messages": messages, "max_tokens": LENGTHS[number % 4], "temperature": 0, "stream": True}
     body |= {"repetition_penalty" if target.ours else "repeat_penalty": 1.0}
     data = json.dumps(body).encode()
@@ -161,7 +164,7 @@ async def measure(target: Target, clients: int, requests: int) -> Cell:
 
     async def client() -> None:
         for number in numbers:
-            await ask(target, number, cell)
+            await ask(target, clients, number, cell)
 
     async def watch() -> None:
         while True:

@@ -203,8 +203,8 @@ class CpuDecoder:
         Each cache holds B rows. Each layer gets room for T more tokens.
         """
         config, places = self.config, []
-        for cache in caches:
-            for layer in cache.layers:
+        for row in caches:
+            for layer in row.layers:
                 if not layer.is_initialized:
                     empty = torch.empty(B, config.num_attention_heads, 0, config.kv_channels, dtype=dtype)
                     layer.lazy_initialization(empty, empty)
