@@ -27,7 +27,7 @@ SCRIPTS = Path(__file__).resolve().parent
 FOLDERS = {
     "mmlu": "mmlu", "ceval": "ceval", "cmmlu": "cmmlu", "gsm8k": "gsm8k", "humaneval": "human_eval", "wmt22": "wmt22",
     "chat_mmlu": "mmlu", "chat_ceval": "ceval", "chat_gsm8k": "gsm8k", "chat_humaneval": "human_eval",
-    "plugin": "plugin",
+    "plugin": "plugin", "hf_agent": None,
 }  # fmt: skip
 SETS = {
     "base": ("mmlu", "ceval", "gsm8k", "humaneval", "wmt22", "cmmlu"),
@@ -53,8 +53,8 @@ def run_benchmark(checkpoint: str, benchmark: str, args: argparse.Namespace) -> 
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)] if args.processes > 1 else []
     command = [sys.executable, *launcher, str(SCRIPTS / f"evaluate_{benchmark}.py"), "-c", checkpoint, "--resume"]
     command += ["-o", str(args.output), *args.more]
-    if args.data is not None:
-        command += ["-d", str(args.data / FOLDERS[benchmark])]
+    if args.data is not None and (folder := FOLDERS[benchmark]) is not None:  # None: its data comes with the script
+        command += ["-d", str(args.data / folder)]
     if "humaneval" in benchmark and args.allow_code_execution:
         command.append("--allow-code-execution")
     print(f"{checkpoint}: {benchmark}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import golden
-from eval import evaluate_chat_gsm8k, evaluate_gsm8k, evaluate_humaneval, evaluate_mmlu
+from eval import evaluate_chat_gsm8k, evaluate_gsm8k, evaluate_hf_agent, evaluate_humaneval, evaluate_mmlu
 from eval.engine import Engine, SharedPrefix, common_length, left_padded, plan_batches
 from eval.run_folder import RunFolder, fingerprint
 from eval.task import Prompt
@@ -224,6 +224,24 @@ def test_rescore_needs_no_model(tmp_path: Path, finished: dict[str, bytes], caps
         evaluate_gsm8k.main(["--rescore", str(folder)])
     with pytest.raises(QwenError, match="is no folder of a run"):
         evaluate_mmlu.main(["--rescore", str(tmp_path)])
+
+
+def test_tool_use_as_code(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Random weights select no tool; replies that are right, in their place, score full marks."""
+    flags = ["-c", str(tiny), "-o", str(tmp_path), "--subjects", "drawing", "film", "--max-new-tokens", "4"]
+    evaluate_hf_agent.main([*flags, "--device", "cpu", "--dtype", "fp32", "--log-samples"])
+    assert "| code | 0.000 | 0.000 | 3 | 74.07 |" in capsys.readouterr().out
+    [folder] = tmp_path.iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["counts"] == {"samples": 3, "no_answer_found": 3, "cut_at_max_new_tokens": 3}
+    codes = {"drawing": "image_generator(idea)", "film": "video_generator(summarizer(text_downloader(url)))"}
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    texts = [f"```py\n{codes[record['id'].split('/')[0]]}\n```" for record in records]
+    lines = [json.dumps(record | {"text": text}) + "\n" for record, text in zip(records, texts, strict=True)]
+    (folder / "samples.jsonl").write_text("".join(lines))
+    evaluate_hf_agent.main([*flags, "--rescore", str(folder)])
+    out = capsys.readouterr().out
+    assert "| tool selection | 100.00 | 0.00 | 3 | 90.74 |" in out and "| code | 100.00 | 0.00 | 3 | 74.07 |" in out
 
 
 def test_answers_to_other_prompts_are_not_kept(tiny: Path, tmp_path: Path) -> None:
