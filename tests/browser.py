@@ -31,7 +31,8 @@ def start_browser(programs: tuple[str, str], downloads: Path, width: int = 1280,
     options.binary_location = programs[0]
     for flag in (*FLAGS, f"--window-size={width},{height}"):
         options.add_argument(flag)
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    several = "profile.default_content_setting_values.automatic_downloads"  # without being asked
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads), several: 1})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
 

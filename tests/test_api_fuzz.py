@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import random
 import threading
 import time
@@ -19,7 +20,7 @@ from schemathesis.checks import load_all_checks
 
 import live_server
 from api.chat import ChatPlan, ChoiceReader
-from api.engine import Limits, Request, Update
+from api.engine import Job, Limits, Request, Update
 from api.server import Server, Settings
 from qwen import QWenTokenizer
 from qwen.reply import ReplyDecoder
@@ -208,12 +209,14 @@ def test_a_short_siege(address: str, server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_a_long_siege(address: str, server: Server) -> None:
+def test_a_long_siege(address: str, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, logger="qwen.api")  # kept tracebacks would keep what they speak of
     process, sizes = psutil.Process(), []
-    for seed in range(2, 8):
+    for seed in range(2, 12):
         ends = siege(address, server, 150, seed)
         assert set(ends) <= {"answered", "fault", "wrong", "hang up"} and ends["answered"] > 60
         assert quiet(server) and server.engine.prefixes.tokens <= 4096
         gc.collect()
+        assert [o for o in gc.get_objects() if type(o) is Job] == []
         sizes.append(process.memory_info().rss)
-    assert sizes[-1] < sizes[1] * 1.05, sizes
+    assert sizes[-1] < max(sizes[:5]) * 1.03, sizes  # of some 860 MB; the first rounds fill the allocator's pools
