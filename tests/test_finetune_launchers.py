@@ -28,9 +28,9 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHON": sys.executable, "GPUS_PER_NODE": "2", "OMP_NUM_THREADS": "1"} | more
 
 
-def launch(name: str, output: Path, *flags: str, model: str = "demo") -> list[float]:
+def launch(name: str, output: Path, *flags: str, model: str = "demo", data: Path = SAMPLES) -> list[float]:
     """Run a launcher for four short steps: the losses in its log."""
-    command = [ROOT / "finetune" / name, "-m", model, "-d", SAMPLES, "-o", output, "--", *SHORT, *flags]
+    command = [ROOT / "finetune" / name, "-m", model, "-d", data, "-o", output, "--", *SHORT, *flags]
     run = subprocess.run([str(word) for word in command], env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return [record["loss"] for record in read_log(output / "log.jsonl") if "loss" in record]
@@ -43,21 +43,29 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_one_process_and_lora(tmp_path: Path) -> None:
-    losses = launch("finetune_lora_single_gpu.sh", tmp_path)
+@pytest.fixture
+def one_sample(tmp_path: Path) -> Path:
+    """The same sample twice, so that its loss falls with every step."""
+    path = tmp_path / "one.jsonl"
+    path.write_text(2 * SAMPLES.read_text(encoding="utf-8").splitlines(keepends=True)[0], encoding="utf-8")
+    return path
+
+
+def test_one_process_and_lora(tmp_path: Path, one_sample: Path) -> None:
+    losses = launch("finetune_lora_single_gpu.sh", tmp_path, data=one_sample)
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert load_model_and_tokenizer(tmp_path, device="cpu")
 
 
-def test_one_process_and_qlora(tmp_path: Path, int4: Path) -> None:
-    losses = launch("finetune_qlora_single_gpu.sh", tmp_path, model=str(int4))
+def test_one_process_and_qlora(tmp_path: Path, int4: Path, one_sample: Path) -> None:
+    losses = launch("finetune_qlora_single_gpu.sh", tmp_path, model=str(int4), data=one_sample)
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert load_model_and_tokenizer(tmp_path, device="cpu")
 
 
-def test_fsdp_launcher_starts_two_processes(tmp_path: Path) -> None:
+def test_fsdp_launcher_starts_two_processes(tmp_path: Path, one_sample: Path) -> None:
     """On a CPU the Trainer runs DDP in its place; sharding itself is tested below."""
-    losses = launch("finetune_fsdp.sh", tmp_path, "--use_lora", "True")
+    losses = launch("finetune_fsdp.sh", tmp_path, "--use_lora", "True", data=one_sample)
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
