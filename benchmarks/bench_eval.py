@@ -89,7 +89,12 @@ def run_harness(engine: Engine, task: Task, samples: Sequence[Sample], batch_siz
     if not task.choices:
         stops = {"until": list(task.stop_words), "max_gen_toks": engine.max_new_tokens, "do_sample": False}
         requests = [Instance("generate_until", {}, (prompt, stops), i) for i, prompt in enumerate(prompts)]
-        return [text.strip() for text in harness.generate_until(requests, disable_tqdm=True)]
+        config = engine.model.generation_config
+        longest, config.max_new_tokens = config.max_new_tokens, None  # it would overrule the harness's limit
+        try:
+            return [text.strip() for text in harness.generate_until(requests, disable_tqdm=True)]
+        finally:
+            config.max_new_tokens = longest
     pairs = [(prompt, choice) for prompt in prompts for choice in task.choices]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     values = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
