@@ -87,8 +87,9 @@ def run_harness(engine: Engine, task: Task, samples: Sequence[Sample], batch_siz
     harness = HFLM(pretrained=engine.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
     prompts = [task.question(sample) for sample in samples]
     if not task.choices:
-        stops = {"until": list(task.stop_words), "max_gen_toks": engine.max_new_tokens, "do_sample": False}
-        requests = [Instance("generate_until", {}, (prompt, stops), i) for i, prompt in enumerate(prompts)]
+        settings = {"until": list(task.stop_words), "max_gen_toks": engine.max_new_tokens, "do_sample": False,
+                    "repetition_penalty": 1.0}  # fmt: skip
+        requests = [Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(prompts)]
         config = engine.model.generation_config
         longest, config.max_new_tokens = config.max_new_tokens, None  # it would overrule the harness's limit
         try:
