@@ -97,13 +97,11 @@ def terminal_frames(driver: webdriver.Chrome, checkpoint: str) -> Iterator[Image
             terminal.read(FRAME)
             yield draw(driver, terminal)
         terminal.write(QUESTION[end:] + "\r")
-        until = time.monotonic() + FRAME
-        while time.monotonic() < until or not terminal.at_prompt():
-            terminal.read(0.05)
-            if time.monotonic() > until:
-                until = time.monotonic() + FRAME
-                yield draw(driver, terminal)
-        yield draw(driver, terminal)
+        while not terminal.at_prompt():
+            until = time.monotonic() + FRAME
+            while time.monotonic() < until:
+                terminal.read(0.05)
+            yield draw(driver, terminal)
         terminal.write(CTRL_D)
         terminal.wait()
     finally:
