@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from qwen import QwenError
+from qwen import QwenError, QWenTokenizer
 from qwen.chatml import encode_messages
 from qwen.react import ACTION, INPUT, THOUGHT, ReactParser
 from qwen.tools import STOP_WORD, Tool, is_result, read_tool, render_messages
@@ -129,8 +129,8 @@ def make_constraint(
 class ChoiceReader:
     """One choice of a response, as the deltas that streams send; other responses are their sum."""
 
-    def __init__(self, server: Server, plan: ChatPlan, index: int) -> None:
-        self.tokenizer = server.ready.tokenizer
+    def __init__(self, tokenizer: QWenTokenizer, plan: ChatPlan, index: int) -> None:
+        self.tokenizer = tokenizer
         self.plan, self.index = plan, index
         self.parser = ReactParser(plan.tools, most_calls=plan.most_calls) if plan.tools else None
         self.pending = [] if self.parser is None else self.parser.push(plan.prefix)
@@ -233,7 +233,7 @@ def describe_choice(tokenizer: Any, choice: Choice) -> dict[str, Any]:
 
 async def collect_chat(server: Server, plan: ChatPlan, replies: Replies) -> dict[str, Any]:
     """The response that is sent in one piece."""
-    readers = [ChoiceReader(server, plan, index) for index in range(len(plan.requests))]
+    readers = [ChoiceReader(replies.engine.tokenizer, plan, index) for index in range(len(plan.requests))]
     async for step in replies:
         if step is not None:
             number, update = step
@@ -247,7 +247,7 @@ async def stream_chat(
 ) -> AsyncIterator[dict[str, Any] | None]:
     """The response's chunks; None where a comment shall keep the connection alive."""
     head = server.head("chat.completion.chunk", "chatcmpl") | ({"usage": None} if include_usage else {})
-    readers = [ChoiceReader(server, plan, index) for index in range(len(plan.requests))]
+    readers = [ChoiceReader(replies.engine.tokenizer, plan, index) for index in range(len(plan.requests))]
     for reader in readers:
         yield {**head, "choices": [reader.chunk({"role": "assistant", "content": ""})]}
     async for chunk in stream_choices(head, readers, replies, include_usage):

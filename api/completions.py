@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwen import QWenTokenizer
+
 from .chat import describe_token
 from .engine import Request, Update
 from .errors import ApiError
@@ -59,8 +61,8 @@ def plan_completion(server: Server, body: CompletionRequest) -> CompletionPlan:
 class CompletionReader:
     """One choice: the pieces that streams send, whose sum is the choice of a response in one piece."""
 
-    def __init__(self, server: Server, plan: CompletionPlan, index: int) -> None:
-        self.tokenizer, self.plan, self.index = server.ready.tokenizer, plan, index
+    def __init__(self, tokenizer: QWenTokenizer, plan: CompletionPlan, index: int) -> None:
+        self.tokenizer, self.plan, self.index = tokenizer, plan, index
         self.offset = 0  # in the text, of the next token
         self.is_begun = False
 
@@ -109,7 +111,7 @@ def merge_pieces(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 async def collect_completion(server: Server, plan: CompletionPlan, replies: Replies) -> dict[str, Any]:
     """The response that is sent in one piece."""
-    readers = [CompletionReader(server, plan, index) for index in range(len(plan.requests))]
+    readers = [CompletionReader(replies.engine.tokenizer, plan, index) for index in range(len(plan.requests))]
     pieces: list[list[dict[str, Any]]] = [[] for _ in readers]
     async for step in replies:
         if step is not None:
@@ -124,6 +126,6 @@ async def stream_completion(
 ) -> AsyncIterator[dict[str, Any] | None]:
     """The response's chunks; None where a comment shall keep the connection alive."""
     head = server.head("text_completion", "cmpl") | ({"usage": None} if include_usage else {})
-    readers = [CompletionReader(server, plan, index) for index in range(len(plan.requests))]
+    readers = [CompletionReader(replies.engine.tokenizer, plan, index) for index in range(len(plan.requests))]
     async for chunk in stream_choices(head, readers, replies, include_usage, plan.prompts):
         yield chunk

@@ -20,6 +20,9 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 import live_server
+from api.chat import plan_chat, stream_chat
+from api.protocol import ChatRequest
+from api.replies import Replies
 from api.server import Server, Settings
 from openai_api import main, make_settings, parse_args, read_credentials
 from qwen import QwenError, QWenTokenizer
@@ -733,6 +736,20 @@ def test_while_loading_and_while_closing(tokenizer: QWenTokenizer) -> None:
         finished, cut = texts["short"], texts["long"]
         assert finished.endswith("data: [DONE]\n\n") and "bye" in finished
         assert json.loads(cut.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+
+
+def test_what_was_taken_is_answered_though_the_server_closes_before_its_first_word(tokenizer: QWenTokenizer) -> None:
+    server = live_server.make_server(tokenizer)
+    body = ChatRequest(messages=[{"role": "user", "content": "say: good bye"}])
+    plan = plan_chat(server, body)
+
+    async def read() -> list[dict]:
+        replies = Replies(server.engine, plan.requests, keep_alive=15)
+        server.engine.close(grace=30)
+        return [chunk async for chunk in stream_chat(server, plan, replies, include_usage=False)]
+
+    choices = [chunk["choices"][0] for chunk in asyncio.run(read())]
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == "good bye"
 
 
 @pytest.mark.parametrize("name", ["plain", "stream", "tools", "json_schema"])

@@ -110,7 +110,7 @@ def test_deltas_add_up_however_a_reply_is_cut(server: Server, text: str, data: s
     plan = ChatPlan([Request([1], 100)], tools, "", False, None)
 
     def read(one_piece: bool) -> tuple[dict, list[str]]:
-        reader = ChoiceReader(server, plan, 0)
+        reader = ChoiceReader(tokenizer, plan, 0)
         decoder = ReplyDecoder(tokenizer, server.stop_ids, ["STOP", *([STOP_WORD] if tools else [])])
         texts = [decoder.push(i) for i in ids] + [decoder.close("stop")]
         updates = [Update("".join(texts))] if one_piece else [Update(piece) for piece in texts]
