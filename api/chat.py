@@ -16,9 +16,9 @@ from .engine import Request, Update
 from .errors import ApiError
 from .grammar import Constraint
 from .protocol import ChatRequest, FunctionName, NamedTool
-from .replies import Replies, stream_choices
+from .replies import Replies, logger, stream_choices
 from .sampling import Choice
-from .server import Server, logger
+from .server import Server
 
 FORCED_THOUGHT = "I need to use a tool."
 

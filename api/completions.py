@@ -11,9 +11,9 @@ from .chat import describe_token
 from .engine import Request, Update
 from .errors import ApiError
 from .protocol import CompletionRequest
-from .replies import Replies, stream_choices
+from .replies import Replies, logger, stream_choices
 from .sampling import Choice
-from .server import Server, logger
+from .server import Server
 
 DEFAULT_TOKENS = 16  # as OpenAI documents
 

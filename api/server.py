@@ -1,7 +1,6 @@
 """What the endpoints share: the engine once it is there, and the settings."""
 
 import hashlib
-import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,8 +16,6 @@ from .grammar import Grammars
 from .metrics import Metrics
 from .protocol import SamplingRequest
 from .sampling import Sampling
-
-logger = logging.getLogger("qwen.api")
 
 
 @dataclass(frozen=True)
