@@ -2,21 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
 from eval.task import Prompt, Record
 from qwen import QwenError, QWenTokenizer
 from qwen.cache import is_growing, let_grow
-from qwen.chat import generate_replies
+from qwen.chat import ReplyCriteria, check_lengths, left_padded, new_decoder
 from qwen.reply import ReplyDecoder, StopWord
 
 MOST_ROWS = 32
 LEAST_SHARED = 32  # tokens in common below which sharing them is not worth the copying
+GOING_SHARE = 0.75  # of a batch's replies: when no more are unfinished, the others' rows are dropped
 CPU_CACHE_BYTES = 2 * 2**30  # for keys and values of a batch
 GPU_CACHE_SHARE = 0.4  # of the memory that is free once the model is loaded
 
@@ -160,11 +162,14 @@ class Engine:
             self._prefix = SharedPrefix(self.model, prefix)
         return self._prefix.spread(self.model, pads, width - shared) if self._prefix.growing else None
 
+    def _has_own_cache(self) -> bool:
+        """Whether `generate` makes a cache of a special kind, static or in Int8: neither shared nor cut into rows."""
+        return getattr(self.model.generation_config, "cache_implementation", None) is not None
+
     def _can_share(self, width: int) -> bool:
         """Beyond the training length keys are rotated by a factor of the whole prompt's length: no two are alike."""
         config = self.model.config
-        quantized = getattr(self.model.generation_config, "cache_implementation", None) is not None
-        return not quantized and (width <= config.seq_length or not config.use_dynamic_ntk)
+        return not self._has_own_cache() and (width <= config.seq_length or not config.use_dynamic_ntk)
 
     def _score(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None) -> list[Record]:
         """Log-probabilities of the choices as the next token, among all tokens."""
@@ -186,10 +191,8 @@ class Engine:
         ]
 
     def _generate(self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None) -> list[Record]:
-        config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens)
-        decoders = [ReplyDecoder(self.tokenizer, stop_words=self.stops, strip=False) for _ in prompts]
-        more = {"past_key_values": cache} if cache is not None else {}
-        generate_replies(self.model, self.tokenizer, prompts, config, decoders=decoders, **more)
+        decoders = [new_decoder(self.tokenizer, self.model.generation_config, self.stops, strip=False) for _ in prompts]
+        self._write(prompts, decoders, cache)
         return [
             {
                 "text": decoder.text,
@@ -200,13 +203,55 @@ class Engine:
             for ids, decoder in zip(prompts, decoders, strict=True)
         ]
 
+    def _write(
+        self, prompts: Sequence[Sequence[int]], decoders: list[ReplyDecoder], cache: DynamicCache | None
+    ) -> None:
+        """Greedy replies into `decoders`, in rounds: rows whose replies have ended are not computed in the next."""
+        check_lengths(self.model, prompts)
+        ids, mask = left_padded(prompts, self.tokenizer.im_start_id, self.model.device)
+        if cache is None and not self._has_own_cache():
+            cache = new_cache(self.model)
+        going, left = decoders, self.max_new_tokens
+        while going and left:
+            width = ids.shape[1]
+            enough = partial(few_are_going, going) if cache is not None else lambda: False
+            ids = self.model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=self._greedy(left),
+                stopping_criteria=StoppingCriteriaList([ReplyCriteria(going, width, enough)]),
+            )
+            left -= ids.shape[1] - width
+            kept = [row for row, decoder in enumerate(going) if decoder.finish_reason is None]
+            if kept and left:
+                rows = torch.tensor(kept, device=ids.device)
+                keep_rows(cache, rows)
+                ids, mask = ids[rows], torch.cat([mask[rows], mask.new_ones(len(kept), ids.shape[1] - width)], dim=-1)
+            going = [going[row] for row in kept]
+        for decoder in going:
+            decoder.close("length")
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) and mask (B, T) of prompts that end in the same column."""
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    def _greedy(self, new_tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=new_tokens,
+            pad_token_id=self.tokenizer.im_start_id,
+        )
+
+
+def few_are_going(decoders: Sequence[ReplyDecoder]) -> bool:
+    """Whether so many of these replies have ended that the batch should go on without their rows."""
+    going = sum(decoder.finish_reason is None for decoder in decoders)
+    return going <= GOING_SHARE * len(decoders)
+
+
+def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Forget the other rows of the cache."""
+    cache.batch_select_indices(rows)
+    if getattr(cache, "ntk_alpha", None) is not None:
+        cache.ntk_alpha = cache.ntk_alpha[rows]
 
 
 def single_token(tokenizer: QWenTokenizer, text: str) -> int:

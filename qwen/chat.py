@@ -64,7 +64,11 @@ class ReplyCriteria(StoppingCriteria):
     """Hands every new token of `generate` to its row's decoder, and ends the rows whose replies have ended."""
 
     def __init__(
-        self, decoders: list[ReplyDecoder], prompt_length: int, cancelled: Callable[[], bool], on_step: Callable
+        self,
+        decoders: list[ReplyDecoder],
+        prompt_length: int,
+        cancelled: Callable[[], bool] = lambda: False,
+        on_step: Callable[[], Any] = lambda: None,
     ) -> None:
         self.decoders = decoders
         self.read = prompt_length
@@ -130,12 +134,8 @@ def generate_replies(
     Raises:
         QwenError: a prompt is longer than the model can read, or logits are not finite.
     """
-    limit = model.config.max_context_length
-    for prompt in prompts:
-        if len(prompt) >= limit:
-            raise QwenError(f"the prompt has {len(prompt):,} tokens and the model reads at most {limit:,}: shorten it")
+    check_lengths(model, prompts)
     decoders = decoders or [new_decoder(tokenizer, generation_config, stop_words) for _ in prompts]
-    width = max(map(len, prompts))
     # Every ChatML prompt holds <|im_start|> already: as padding it gives the repetition penalty nothing to punish
     # that it would not punish in a single reply.
     pad = tokenizer.im_start_id
@@ -145,14 +145,13 @@ def generate_replies(
         config.prompt_lookup_num_tokens = None  # guesses are checked for one row at a time
     if config.prompt_lookup_num_tokens:
         config.cache_implementation = None  # wrong guesses are taken back, which a static cache can't
-    input_ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    input_ids, attention_mask = left_padded(prompts, pad, model.device)
     model.generate(
         input_ids,
         attention_mask=attention_mask,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList(
-            [*kwargs.pop("stopping_criteria", []), ReplyCriteria(decoders, width, cancelled, on_step)]
+            [*kwargs.pop("stopping_criteria", []), ReplyCriteria(decoders, input_ids.shape[1], cancelled, on_step)]
         ),
         **kwargs,
     )
@@ -161,12 +160,28 @@ def generate_replies(
     return decoders
 
 
+def check_lengths(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """QwenError for a prompt (ids) that leaves no room for a reply."""
+    limit = model.config.max_context_length
+    for prompt in prompts:
+        if len(prompt) >= limit:
+            raise QwenError(f"the prompt has {len(prompt):,} tokens and the model reads at most {limit:,}: shorten it")
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) and mask (B, T) of prompts that end in the same column."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def new_decoder(
-    tokenizer: "QWenTokenizer", generation_config: GenerationConfig, stop_words: Sequence[StopWord]
+    tokenizer: "QWenTokenizer", generation_config: GenerationConfig, stop_words: Sequence[StopWord], strip: bool = True
 ) -> ReplyDecoder:
     eos = generation_config.eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else eos or []
-    return ReplyDecoder(tokenizer, stop_ids=eos_ids, stop_words=stop_words)
+    return ReplyDecoder(tokenizer, stop_ids=eos_ids, stop_words=stop_words, strip=strip)
 
 
 def snapshot(decoder: ReplyDecoder, prompt: Prompt) -> Reply:

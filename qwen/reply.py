@@ -58,7 +58,6 @@ class ReplyDecoder:
 
     Args:
         stop_ids: tokens that end the reply.
-        strip: leave out blanks at either end.
         stop_words: words that end it, as text (found across token borders) or as ids. Ids of regular tokens mean
             their text; a sequence with a control token in it is compared by ids.
         strip: leave blanks at both ends of the reply out; code and other raw continuations need them.

@@ -13,10 +13,11 @@ import torch
 
 import golden
 from eval import evaluate_chat_gsm8k, evaluate_gsm8k, evaluate_hf_agent, evaluate_humaneval, evaluate_mmlu
-from eval.engine import Engine, SharedPrefix, common_length, left_padded, plan_batches
+from eval.engine import Engine, SharedPrefix, common_length, plan_batches
 from eval.run_folder import RunFolder, fingerprint
 from eval.task import Prompt
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
+from qwen.chat import left_padded
 from utils import load_model_and_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,31 @@ def test_batched_equals_unbatched(loaded: tuple[QWenLMHeadModel, QWenTokenizer])
     together = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
     alone = [engine.answer([prompts[i].ids])[0] for i in batch.members]
     assert together == alone
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_rows_that_have_ended_leave_the_batch(tiny: Path, kernels: bool) -> None:
+    """Replies of very different lengths are those of single prompts, and later steps have fewer rows."""
+    model, tokenizer = load_model_and_tokenizer(tiny, device="cpu", dtype="fp32")
+    if not kernels:
+        model.transformer.cpu_decoder = None
+    prompts = [tokenizer.encode_text(text) for text in ("One two three", "A B C", "Red, green,", "Up and", "In")]
+    free = [Engine(model, tokenizer, max_new_tokens=12).answer([ids])[0]["text"] for ids in prompts]
+    stops = [free[row][at : at + 4] for row, at in ((0, 3), (2, 14), (3, 30))]
+    engine = Engine(model, tokenizer, stops=stops, max_new_tokens=12)
+    alone = [engine.answer([ids])[0] for ids in prompts]
+    lengths = [record["completion_tokens"] for record in alone]
+    assert len(set(lengths)) >= 4 and max(lengths) == 12
+
+    rows: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])),
+        with_kwargs=True,
+    )
+    together = engine.answer(prompts)
+    hook.remove()
+    assert together == alone
+    assert rows[0] == 5 and rows[-1] <= 2 and sorted(rows, reverse=True) == rows
 
 
 def test_memory_that_runs_out_halves_the_batch(loaded: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
