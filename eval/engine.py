@@ -20,6 +20,7 @@ MOST_ROWS = 32
 LEAST_SHARED = 32  # tokens in common below which sharing them is not worth the copying
 GOING_SHARE = 0.75  # of a batch's replies: when no more are unfinished, the others' rows are dropped
 CPU_CACHE_BYTES = 2 * 2**30  # for keys and values of a batch
+CPU_TOKENS = 512  # a CPU computes more at once no faster, and the smaller a batch, the less of it is padding
 GPU_CACHE_SHARE = 0.4  # of the memory that is free once the model is loaded
 
 
@@ -38,8 +39,30 @@ def common_length(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(longest) if first[i] != last[i]), longest)
 
 
-def plan_batches(prompts: Sequence[Prompt], most_rows: int, most_tokens: int | None, new_tokens: int) -> list[Batch]:
-    """Batches of `most_rows` prompts at most, longest first within a family, of `most_tokens` with what is generated.
+@dataclass(frozen=True)
+class BatchLimits:
+    """How large a batch may be. They belong to the run: one that is resumed cuts the same batches."""
+
+    rows: int = MOST_ROWS
+    tokens: int | None = None  # that keys and values are held of: prompts, padded, and what is generated
+    computed: int | None = None  # where only choices are scored: tokens behind the shared ones, padded
+
+
+def batch_limits(model: Any) -> BatchLimits:
+    """By the memory that is free, and by how many tokens at once the device needs to be at its best."""
+    config = model.config
+    width = config.num_attention_heads * config.kv_channels
+    token_bytes = 2 * config.num_hidden_layers * width * model.dtype.itemsize
+    room, computed = CPU_CACHE_BYTES, CPU_TOKENS
+    if model.device.type == "cuda":
+        devices = {parameter.device for parameter in model.parameters()}
+        room = int(GPU_CACHE_SHARE * sum(torch.cuda.mem_get_info(d)[0] for d in devices if d.type == "cuda"))
+        computed = None
+    return BatchLimits(tokens=max(1, room // token_bytes), computed=computed)
+
+
+def plan_batches(prompts: Sequence[Prompt], limits: BatchLimits, new_tokens: int) -> list[Batch]:
+    """Batches within `limits`, longest prompts first within a family; `new_tokens` will be generated, 0 for choices.
 
     They depend on the prompts alone, not on what is done already or on how many processes share the work, so a run
     that was interrupted or spread computes the very same numbers.
@@ -50,26 +73,18 @@ def plan_batches(prompts: Sequence[Prompt], most_rows: int, most_tokens: int | N
     batches = []
     for members in families.values():
         shared = common_length([prompts[number].ids for number in members]) if len(members) > 1 else 0
+        shared = shared if shared >= LEAST_SHARED else 0
         members = sorted(members, key=lambda number: (-len(prompts[number].ids), number))
         while members:
-            rows = most_rows
-            if most_tokens is not None:
-                rows = max(1, min(rows, most_tokens // (len(prompts[members[0]].ids) + new_tokens)))
-            batches.append(Batch(tuple(members[:rows]), shared if shared >= LEAST_SHARED else 0))
+            rows, longest = limits.rows, len(prompts[members[0]].ids)
+            if limits.tokens is not None:
+                rows = min(rows, limits.tokens // (longest + new_tokens))
+            if limits.computed is not None and not new_tokens:
+                rows = min(rows, limits.computed // (longest - shared))
+            rows = max(rows, 1)
+            batches.append(Batch(tuple(members[:rows]), shared))
             members = members[rows:]
     return batches
-
-
-def token_budget(model: Any) -> int:
-    """Tokens whose keys and values fit into the memory set aside for a batch."""
-    config = model.config
-    width = config.num_attention_heads * config.kv_channels
-    token_bytes = 2 * config.num_hidden_layers * width * model.dtype.itemsize
-    room = CPU_CACHE_BYTES
-    if model.device.type == "cuda":
-        devices = {parameter.device for parameter in model.parameters()}
-        room = int(GPU_CACHE_SHARE * sum(torch.cuda.mem_get_info(d)[0] for d in devices if d.type == "cuda"))
-    return max(1, room // token_bytes)
 
 
 class SharedPrefix:

@@ -5,6 +5,7 @@ same file as of one process.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
-from eval.engine import MOST_ROWS, Batch, Engine, plan_batches, token_budget
+from eval.engine import Batch, BatchLimits, Engine, batch_limits, plan_batches
 from eval.report import counts, published, table, versions
 from eval.run_folder import RunFolder, as_lines, fingerprint, prompt_hash, write_json, write_whole
 from eval.task import Prompt, Record, Sample, Task
@@ -189,15 +190,15 @@ def answer_all(
 def make_plan(
     args: argparse.Namespace, model: Any, prompts: Sequence[Prompt], engine: Engine, folder: RunFolder, state: Any
 ) -> list[Batch]:
-    """Batches; the memory that "auto" found is kept with the run, so that a resumed one cuts the same batches."""
+    """Batches; the limits that "auto" found are kept with the run, so that a resumed one cuts the same batches."""
     if args.batch_size != "auto":
-        return plan_batches(prompts, args.batch_size, None, engine.new_tokens)
-    path = folder.path / "batch_tokens.txt"
+        return plan_batches(prompts, BatchLimits(rows=args.batch_size), engine.new_tokens)
+    path = folder.path / "batch_limits.json"
     if state.is_main_process and not path.exists():
-        write_whole(path, f"{token_budget(model)}\n")
+        write_json(path, vars(batch_limits(model)))
     state.wait_for_everyone()
-    budget = gather_object([int(path.read_text()) if path.exists() else 0])[0]
-    return plan_batches(prompts, MOST_ROWS, budget, engine.new_tokens)
+    limits = gather_object([json.loads(path.read_text()) if path.exists() else {}])[0]
+    return plan_batches(prompts, BatchLimits(**limits), engine.new_tokens)
 
 
 # ---- from answers to the result ----

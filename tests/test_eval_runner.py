@@ -13,7 +13,7 @@ import torch
 
 import golden
 from eval import evaluate_chat_gsm8k, evaluate_gsm8k, evaluate_hf_agent, evaluate_humaneval, evaluate_mmlu
-from eval.engine import Engine, SharedPrefix, common_length, plan_batches
+from eval.engine import BatchLimits, Engine, SharedPrefix, common_length, plan_batches
 from eval.run_folder import RunFolder, fingerprint
 from eval.task import Prompt
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
@@ -50,7 +50,7 @@ def mmlu_flags(checkpoint: Path, output: Path) -> list[str]:
 
 def run_files(output: Path) -> dict[str, bytes]:
     [folder] = output.iterdir()
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "batch_tokens.txt"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "batch_limits.json"}
 
 
 # ---- batches ----
@@ -59,12 +59,15 @@ def run_files(output: Path) -> dict[str, bytes]:
 def test_plan() -> None:
     """Families apart, longest first, within the limits of rows and tokens, every prompt once."""
     prompts = [Prompt(list(range(n)), "ab"[n % 2]) for n in (50, 61, 90, 41, 70, 33)]
-    batches = plan_batches(prompts, most_rows=2, most_tokens=None, new_tokens=0)
+    batches = plan_batches(prompts, BatchLimits(rows=2), new_tokens=0)
     assert [batch.members for batch in batches] == [(2, 4), (0,), (1, 3), (5,)]
     assert [batch.shared for batch in batches] == [49, 49, 32, 32]
-    narrow = plan_batches(prompts, most_rows=9, most_tokens=150, new_tokens=10)
+    narrow = plan_batches(prompts, BatchLimits(rows=9, tokens=150), new_tokens=10)
     assert [batch.members for batch in narrow] == [(2,), (4,), (0,), (1, 3), (5,)]
-    assert plan_batches([Prompt([1] * 9, "")] * 3, 9, None, 0)[0].shared == 0
+    little = BatchLimits(rows=9, computed=42)  # behind the 49 and 32 that are shared
+    assert [batch.members for batch in plan_batches(prompts, little, 0)] == [(2,), (4, 0), (1,), (3, 5)]
+    assert [len(batch.members) for batch in plan_batches(prompts, little, 10)] == [3, 3]  # replies are for many rows
+    assert plan_batches([Prompt([1] * 9, "")] * 3, BatchLimits(), 0)[0].shared == 0
 
 
 def test_common_length() -> None:
@@ -105,7 +108,7 @@ def test_batched_equals_unbatched(loaded: tuple[QWenLMHeadModel, QWenTokenizer])
     task = evaluate_mmlu.EvaluateMmlu(args)
     prompts = [task.prompt(sample, loaded[1], 8192) for sample in task.load()]
     engine = Engine(*loaded, task.choices)
-    for batch in plan_batches(prompts, 8, None, 0):
+    for batch in plan_batches(prompts, BatchLimits(rows=8), 0):
         assert batch.shared > 100
         together = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
         for number, record in list(zip(batch.members, together, strict=True))[::3]:
@@ -118,7 +121,7 @@ def test_batched_equals_unbatched(loaded: tuple[QWenLMHeadModel, QWenTokenizer])
     task = evaluate_gsm8k.EvaluateGsm8k(evaluate_gsm8k.parse_args(["-d", str(DATA / "gsm8k"), "--limit", "3"]))
     prompts = [task.prompt(sample, loaded[1], 8192) for sample in task.load()]
     engine = Engine(*loaded, stops=task.stops(loaded[1]), max_new_tokens=12)
-    [batch] = plan_batches(prompts, 3, None, 12)
+    [batch] = plan_batches(prompts, BatchLimits(rows=3), 12)
     assert batch.shared > 1000
     together = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
     alone = [engine.answer([prompts[i].ids])[0] for i in batch.members]
