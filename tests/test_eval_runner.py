@@ -171,7 +171,8 @@ def test_memory_that_runs_out_halves_the_batch(loaded: tuple[QWenLMHeadModel, QW
         found = engine.answer(prompts)
     finally:
         hook.remove()
-    assert [r["logprobs"] == pytest.approx(e["logprobs"], abs=1e-3) for r, e in zip(found, expected, strict=True)]
+    for record, wanted in zip(found, expected, strict=True):
+        assert record["logprobs"] == pytest.approx(wanted["logprobs"], abs=1e-3)
     assert sizes == [5, 3, 2, 2, 1] and engine.most_rows == 2
 
 
