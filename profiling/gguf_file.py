@@ -3,7 +3,6 @@
 The file holds weights and sizes and no vocabulary: the measurement feeds ids. llama.cpp calls that tokenizer "none".
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from torch import Tensor
 from qwen import QWenConfig
 from qwen.checkpoint import list_weight_files
 from qwen.errors import QwenError
+from qwen.paths import replacing
 from utils import load_config
 
 # llama.cpp's names for the tensors of a block; w2 is what Llama calls the gate.
@@ -58,19 +58,17 @@ def write_gguf(directory: Path, path: Path, precision: str) -> Path:
     One tensor is in memory at a time. The file appears whole or not at all.
     """
     gguf = import_gguf()
-    config = load_config(directory)
-    partial = path.with_name(f".{path.name}.partial")
-    writer = gguf.GGUFWriter(partial, "qwen")
-    add_sizes(writer, config)
-    matrix_type = {"fp32": gguf.GGMLQuantizationType.F32, "bf16": gguf.GGMLQuantizationType.BF16}[precision]
+    with replacing(path) as draft:
+        writer = gguf.GGUFWriter(draft, "qwen")
+        add_sizes(writer, load_config(directory))
+        matrix_type = {"fp32": gguf.GGMLQuantizationType.F32, "bf16": gguf.GGMLQuantizationType.BF16}[precision]
 
-    # The header comes first in the file, so that every tensor's shape is told before any tensor is written.
-    kinds = {}
-    for name, tensor in read_tensors(directory):
-        kinds[name] = matrix_type if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
-        itemsize = 2 if kinds[name] == gguf.GGMLQuantizationType.BF16 else 4
-        writer.add_tensor_info(name, tensor.shape, None, tensor.numel() * itemsize, raw_dtype=kinds[name])
-    try:
+        # The header comes first in the file, so that every tensor's shape is told before any tensor is written.
+        kinds = {}
+        for name, tensor in read_tensors(directory):
+            kinds[name] = matrix_type if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
+            itemsize = 2 if kinds[name] == gguf.GGMLQuantizationType.BF16 else 4
+            writer.add_tensor_info(name, tensor.shape, None, tensor.numel() * itemsize, raw_dtype=kinds[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -79,9 +77,6 @@ def write_gguf(directory: Path, path: Path, precision: str) -> Path:
             tensor = tensor.to(dtype).contiguous()
             writer.write_tensor_data(tensor.view(torch.uint8 if dtype == torch.bfloat16 else dtype).numpy())
         writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
