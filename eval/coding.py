@@ -17,6 +17,7 @@ ORIGIN = Origin(
 )
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 FENCED = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+CODE = re.compile(r"(def|class)\s+\w|import\s+\w|from\s+\S+\s+import\s|@\w")  # how it begins at the margin
 SECONDS = 3.0
 STOPS = (
     "\nclass ",
@@ -90,25 +91,32 @@ def chat_program(prompt: str, entry_point: str, reply: str) -> str:
 
     A reply that defines the function replaces the problem's own beginning of it; any other code is its body.
     """
-    blocks = FENCED.findall(reply)
     defines = re.compile(rf"^[ \t]*def[ \t]+{re.escape(entry_point)}\b", re.MULTILINE)
-    code = next((block for block in blocks if defines.search(block)), blocks[0] if blocks else reply)
-    code = textwrap.dedent(code)
-    if match := defines.search(code):
-        if not blocks:  # prose around it
-            code = _only_code(code, match.start())
-        above = prompt[: defines.search(prompt).start()] if defines.search(prompt) else ""
-        return f"{above}\n{code}\n"
-    return f"{prompt}{textwrap.indent(code, '    ')}\n"
+    blocks = FENCED.findall(reply)
+    head, _, tail = reply.partition("\n```")
+    if "```" not in head + tail and (defines.search(head) or head[:1].isspace()):
+        reply, blocks = head, []  # it began with code: its only fence, if there is one, ends that
+    code = next((block for block in blocks if defines.search(block)), None)
+    if code is None and defines.search(reply):
+        code = _only_code(reply, defines)
+    if code is None:
+        return f"{prompt}{textwrap.indent(textwrap.dedent(blocks[0] if blocks else reply), '    ')}\n"
+    above = prompt[: defines.search(prompt).start()] if defines.search(prompt) else ""
+    return f"{above}\n{textwrap.dedent(code)}\n"
 
 
-def _only_code(text: str, start: int) -> str:
-    """From a definition on, the lines that belong to it: indented, empty, or beginning code again."""
-    kept = []
-    for number, line in enumerate(text[start:].split("\n")):
-        if number and line and not line[0].isspace() and not re.match(r"(def|class|from|import|@|#|\)|\])", line):
-            break
-        kept.append(line)
+def _only_code(text: str, defines: re.Pattern[str]) -> str:
+    """The function in a text with prose around it, and the imports and definitions that stand by it."""
+    kept, in_code, found = [], False, False
+    for line in text.split("\n"):
+        if defines.match(line):
+            in_code = found = True
+        elif line and not line[0].isspace():
+            in_code = bool(CODE.match(line)) or (in_code and line[0] in "#)]}")
+            if found and not in_code:
+                break
+        if in_code:
+            kept.append(line)
     return "\n".join(kept)
 
 

@@ -289,6 +289,13 @@ PROMPT = 'from math import floor\n\ndef helper(x):\n    return x\n\ndef add(a, b
         "```python\ndef other(x):\n    return x\n\ndef add(a, b):\n    return other(a) + b\n```",
         "```python\n    def add(a, b):\n        return a + b\n```",
         "```python\ndef add(a, b):\n    return a + b",
+        "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n```\n\nThis function adds.",
+        "    return a + b\n```\nThis function adds.",
+        "Sure:\n```\nreturn a + b",
+        "from math import ceil\n\ndef other(x):\n    return ceil(x)\n\ndef add(a, b):\n    return other(a) + b\nfrom x",
+        "Import nothing.\n\n    def add(a, b):\n        return a + b\n\nThat is all.",
+        "def add(a, b):\n    return a + b\n\nOr else:\n\ndef add(a, b):\n    return a - b",
+        "def add(\n    a,\n    b,\n):\n    return a + b",
     ],
 )
 def test_functions_in_chat_replies(reply: str) -> None:
