@@ -1,9 +1,10 @@
 """The folder of a run: answers as they come, what they depend on, and the result.
 
-settings.json    what the answers depend on; written first
-samples.jsonl    a line for each answer, flushed batch by batch; while several processes work, one file for each
-result.json      scores, made from the two; the same bytes however often the run was interrupted
-log.jsonl        with --log-samples: question, answer, what was read from it, the right answer
+settings.json      what the answers depend on; written first
+batch_limits.json  how large --batch-size auto makes batches, for whoever resumes
+samples.jsonl      a line for each answer, flushed batch by batch; while several processes work, one file for each
+result.json        scores, made from settings and answers; the same bytes however often the run was interrupted
+log.jsonl          with --log-samples: question, answer, what was read from it, the right answer
 """
 
 import hashlib

@@ -128,6 +128,11 @@ def test_batched_equals_unbatched(loaded: tuple[QWenLMHeadModel, QWenTokenizer])
     assert together == alone
 
 
+def rows_of(args: tuple, kwargs: dict) -> int:
+    """How many rows a call of the model computes."""
+    return len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_rows_that_have_ended_leave_the_batch(tiny: Path, kernels: bool) -> None:
     """Replies of very different lengths are those of single prompts, and later steps have fewer rows."""
@@ -143,10 +148,7 @@ def test_rows_that_have_ended_leave_the_batch(tiny: Path, kernels: bool) -> None
     assert len(set(lengths)) >= 4 and max(lengths) == 12
 
     rows: list[int] = []
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])),
-        with_kwargs=True,
-    )
+    hook = model.register_forward_pre_hook(lambda _, *call: rows.append(rows_of(*call)), with_kwargs=True)
     together = engine.answer(prompts)
     hook.remove()
     assert together == alone
@@ -158,7 +160,7 @@ def test_memory_that_runs_out_halves_the_batch(loaded: tuple[QWenLMHeadModel, QW
     sizes: list[int] = []
 
     def limit(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        rows = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[0]
+        rows = rows_of(args, kwargs)
         sizes.append(rows)
         if rows > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
