@@ -35,6 +35,7 @@ from profiling.peers import (
 from profiling.random_weights import SUFFIXES, ensure_random_checkpoint
 from profiling.report import OURS, pair_ratios, render, summarize
 from qwen import QWenConfig, QwenError
+from qwen.hardware import computes_bf16, num_threads
 from qwen.modeling_qwen import INT8_CACHE
 from qwen.paths import replacing, user_cache_dir
 from utils import (
@@ -42,7 +43,6 @@ from utils import (
     DTYPES,
     add_model_arguments,
     choose_device,
-    computes_bf16,
     describe_placement,
     find_checkpoint,
     load_config,
@@ -169,7 +169,7 @@ def run_llama_cpp_row(job: dict[str, Any], args: argparse.Namespace) -> dict[str
     result = run_llama_cpp({
         "model": job["model"], "prompt": random_ids(plan["prompt_tokens"], plan["vocabulary"]),
         "after_prompt": plan["after_prompt"], "context": plan["context"], "lengths": plan["lengths"],
-        "threads": torch.get_num_threads(), "kv": llama_cpp_plan(row)[2], "on_gpu": plan["device"] != "cpu",
+        "threads": num_threads(), "kv": llama_cpp_plan(row)[2], "on_gpu": plan["device"] != "cpu",
     }, args.peer_python)  # fmt: skip
     # One process, one peak: it is that of the longest generation.
     result["memory"] = dict.fromkeys(result["lengths"], result.pop("peak_bytes"))

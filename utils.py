@@ -21,8 +21,9 @@ from hub import HUBS, fetch_checkpoint
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.checkpoint import check_architecture, read_json
 from qwen.configuration_qwen import torch_reads
-from qwen.cpu import cpu_computes_bf16, load_kernels
+from qwen.cpu import load_kernels
 from qwen.errors import first_line
+from qwen.hardware import computes_bf16
 from qwen.int4 import check_quantization, describe_kernel, replace_linears
 from tensor_parallel import ParallelQWen, join_processes, leader_first, load_parallel
 
@@ -286,18 +287,6 @@ def choose_device(device: str | torch.device = "auto") -> str:
             found = f"{count} {wanted.type} device(s)" if count else f"no {wanted.type} device"
             raise QwenError(f"--device {device}: PyTorch finds {found} here; use --device auto or --cpu-only")
     return str(device)
-
-
-def computes_bf16(device: str) -> bool:
-    """Whether the hardware multiplies bfloat16 itself, rather than by way of float32."""
-    kind = device.split(":")[0]
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind == "mps":
-        return torch.backends.mps.is_macos_or_newer(14, 0)
-    if kind == "cpu":
-        return cpu_computes_bf16()
-    return True
 
 
 def choose_dtype(device: str, dtype: str | torch.dtype = "auto", plain: bool = True) -> torch.dtype:

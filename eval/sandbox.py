@@ -24,6 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen import QwenError
+from qwen.hardware import num_processors
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 START_S = 30  # to start Python and put the layers on, which does not count as the program's time
@@ -105,8 +106,7 @@ class Sandbox:
 
     def run_all(self, programs: Sequence[str], title: str = "running code") -> list[Outcome]:
         """Outcomes in order; as many programs at a time as there are processors."""
-        workers = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(num_processors()) as pool:
             return list(tqdm(pool.map(self.run, programs), total=len(programs), desc=title, unit="program"))
 
 

@@ -1,6 +1,5 @@
 """Measure one row in this process: prefill, decoding and peak memory, through `model.generate` as users call it."""
 
-import platform
 import sys
 import time
 from contextlib import suppress
@@ -11,6 +10,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from profiling.ceilings import synchronize
+from qwen.hardware import num_threads, processor_name
 
 
 class Stopwatch(BaseStreamer):
@@ -91,8 +91,7 @@ def describe_device(device: str) -> str:
     """A GPU by its name; a processor by its name and the threads at work."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {num_threads()} threads"
 
 
 def reset_peak(device: torch.device) -> None:

@@ -8,7 +8,6 @@ operations do the work.
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from .cache import JointCache, is_growing
 from .errors import QwenError
+from .hardware import hardware, machine_key, num_threads
 from .int4 import Int4Linear
 from .loss import LMHead
 from .paths import user_cache_dir
@@ -72,7 +72,7 @@ class _Step(Structure):
 @cache
 def load_kernels() -> ctypes.CDLL | None:
     """The compiled kernels; None, with one warning that says why, where they can't be had."""
-    if os.environ.get("QWEN_CPU_KERNELS") == "0":
+    if hardware().kernels == "off":
         return None
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform == "win32" or compiler is None:
@@ -93,8 +93,7 @@ def load_kernels() -> ctypes.CDLL | None:
 
 def _compiled(compiler: str) -> Path:
     """The shared library of the source for this processor, compiled if it is not there yet."""
-    machine = f"{platform.machine()} {torch.cpu.get_capabilities()}"  # a home directory may serve several machines
-    key = hashlib.sha256(f"{SOURCE.read_text()} {compiler} {FLAGS} {machine}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{SOURCE.read_text()} {compiler} {FLAGS} {machine_key()}".encode()).hexdigest()[:16]
     library = user_cache_dir() / "kernels" / f"cpu-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +173,7 @@ class CpuDecoder:
         step = _Step(
             places.data_ptr(), first.data_ptr(), past.data_ptr(),
             _Rotary(*(part.data_ptr() for part in angles), 0 if rows == 1 else angles[0][0].numel()),
-            B, T, torch.get_num_threads(),
+            B, T, num_threads(),
         )  # fmt: skip
         self.kernels.qwen_decode(byref(self.decoder), byref(step), x.data_ptr())
         for row in row_caches:
@@ -194,7 +193,7 @@ class CpuDecoder:
         matrix = _describe(linear, alive)
         x = hidden.float().contiguous()
         y = torch.empty(*hidden.shape[:-1], matrix.rows)
-        self.kernels.qwen_linear(byref(matrix), x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        self.kernels.qwen_linear(byref(matrix), x.data_ptr(), rows, y.data_ptr(), num_threads())
         return y.to(hidden.dtype)
 
     def _places(self, caches: Sequence[Cache], B: int, T: int, dtype: torch.dtype) -> Tensor:
@@ -245,15 +244,9 @@ class CpuDecoder:
         self.alive = alive
 
 
-def cpu_computes_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 itself, rather than by way of float32."""
-    features = torch.cpu.get_capabilities()
-    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM
-
-
 def _has_native_bf16(dtype: torch.dtype) -> bool:
     """Whether PyTorch's own products of many rows are the faster ones."""
-    return dtype == torch.bfloat16 and cpu_computes_bf16()
+    return dtype == torch.bfloat16 and hardware().bf16
 
 
 def _padded_left(attention_mask: Any) -> bool:

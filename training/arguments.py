@@ -18,7 +18,8 @@ from transformers import HfArgumentParser
 
 from hub import HUBS
 from qwen.errors import QwenError
-from utils import DEFAULT_CHECKPOINT, computes_bf16
+from qwen.hardware import computes_bf16
+from utils import DEFAULT_CHECKPOINT
 
 from .attention import PACKED
 from .masks import LOSS_ON
