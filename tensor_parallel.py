@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
@@ -118,8 +117,6 @@ class ParallelQWen(QWenLMHeadModel):
 
     Caches must be DynamicCache; beam search, which reorders them, is refused.
     """
-
-    _sample = GenerationMixin._sample  # the loop that calls the model as a whole, where calls can be followed
 
     def lead(self) -> None:
         """Make this process's calls those of all, until the program ends."""

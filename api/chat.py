@@ -10,6 +10,7 @@ from uuid import uuid4
 from qwen import QwenError, QWenTokenizer
 from qwen.chatml import encode_messages
 from qwen.react import ACTION, INPUT, THOUGHT, ReactParser
+from qwen.sampling import Choice
 from qwen.tools import STOP_WORD, Tool, is_result, read_tool, render_messages
 
 from .engine import Request, Update
@@ -17,7 +18,6 @@ from .errors import ApiError
 from .grammar import Constraint
 from .protocol import ChatRequest, FunctionName, NamedTool
 from .replies import Replies, logger, stream_choices
-from .sampling import Choice
 from .server import Server
 
 FORCED_THOUGHT = "I need to use a tool."

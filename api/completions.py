@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen import QWenTokenizer
+from qwen.sampling import Choice
 
 from .chat import describe_token
 from .engine import Request, Update
 from .errors import ApiError
 from .protocol import CompletionRequest
 from .replies import Replies, logger, stream_choices
-from .sampling import Choice
 from .server import Server
 
 DEFAULT_TOKENS = 16  # as OpenAI documents

@@ -22,11 +22,11 @@ from qwen.cache import JointCache
 from qwen.errors import first_line
 from qwen.modeling_qwen import dynamic_ntk_alpha
 from qwen.reply import ReplyDecoder, StopWord
+from qwen.sampling import Choice, Sampler, Sampling, describe
 
 from .grammar import Constraint
 from .metrics import Metrics
 from .prefix_cache import Conversation, PrefixCache
-from .sampling import Choice, Sampler, Sampling, describe
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Job:
         self.cached_tokens = 0
         self.prompt_choices: list[Choice] = []
         self.conversation: Conversation | None = None  # from its first chunk on
-        self.sampler: Sampler | None = None
+        self.slot: int | None = None  # in the sampler
         self.decoder: ReplyDecoder | None = None
 
     @property
@@ -112,6 +112,8 @@ class Engine:
         self.limits, self.metrics = limits or Limits(), metrics or Metrics()
         self.prefixes = PrefixCache()
         self.context = min(model.config.max_context_length, self.limits.kv_tokens)
+        self.sampler = Sampler(model.config.vocab_size, model.device, self.limits.max_batch)
+        self.free_slots = list(range(self.limits.max_batch))
         self.running: list[Job] = []
         self.waiting: deque[Job] = deque()
         self.closing: float | None = None  # when what still runs is ended
@@ -226,7 +228,8 @@ class Engine:
         if request.prompt_logprobs is None:
             others = [other.conversation for other in self.running if other.conversation is not None]
             conversation.cache = self.prefixes.take(request.prompt, conversation.alpha, others)
-        job.sampler = Sampler(request.sampling, request.prompt, config.vocab_size, self.model.device)
+        job.slot = self.free_slots.pop()
+        self.sampler.begin(job.slot, request.sampling, request.prompt)
         job.decoder = ReplyDecoder(self.tokenizer, request.stop_ids, request.stop_words, request.strip)
         job.conversation = conversation
         job.cached_tokens = len(conversation)
@@ -246,16 +249,15 @@ class Engine:
             ntk_alpha=torch.tensor([conversation.alpha]),
             use_cache=True,
             logits_to_keep=1 if job.request.prompt_logprobs is None else 0,
-        ).logits[0].float()  # fmt: skip
+        ).logits[0]  # fmt: skip
         if job.request.prompt_logprobs is not None:
             following = prompt[start + 1 : start + 1 + len(ids)]
-            for row, token in zip(logits, following, strict=False):
-                job.prompt_choices.append(describe(row, token, job.request.prompt_logprobs))
+            job.prompt_choices += describe(logits[: len(following)], following, job.request.prompt_logprobs)
         if job.is_read and job.request.max_tokens == 0:
             self._tell(job, Update(prompt_choices=job.prompt_choices, finish_reason="length"))
             self._leave(job)
         elif job.is_read:
-            self._choose(job, logits[-1])
+            self._choose([job], logits[-1:])
 
     def _decode(self, jobs: Sequence[Job]) -> None:
         """One more token for each job."""
@@ -267,16 +269,35 @@ class Engine:
             past_key_values=JointCache([c.cache for c in conversations]),
             ntk_alpha=torch.tensor([c.alpha for c in conversations]),
             use_cache=True,
-        ).logits[:, -1].float()  # fmt: skip
+        ).logits[:, -1]  # fmt: skip
         self.metrics.steps.inc()
-        for job, row in zip(jobs, logits, strict=True):
-            self._guard([job], lambda job=job, row=row: self._choose(job, row))
+        self._choose(jobs, logits)
 
-    def _choose(self, job: Job, logits: Tensor) -> None:
-        """Take the next token of a job from its logits (V,), and tell whoever asked for it."""
+    def _choose(self, jobs: Sequence[Job], logits: Tensor) -> None:
+        """The next token of each job from logits (jobs, V), told to whoever asked for it. Who fails, fails alone."""
+        allowed, failed = {}, {}
+        for row, job in enumerate(jobs):
+            if job.request.constraint is not None:
+                try:
+                    mask = job.request.constraint.allowed(logits.device, logits.shape[-1])
+                except Exception as error:  # of the grammar
+                    failed[row] = error
+                    continue
+                if mask is not None:
+                    allowed[row] = mask
+        choices = self.sampler.choose(logits, [job.slot for job in jobs], allowed)
+        for row, (job, choice) in enumerate(zip(jobs, choices, strict=True)):
+            error = failed.get(row, choice)
+            try:
+                if isinstance(error, Exception):
+                    raise error
+                self._take(job, choice)
+            except Exception as error:  # whatever it is, the others' replies go on
+                self._fail(job, error)
+
+    def _take(self, job: Job, choice: Choice) -> None:
+        """The next token of a job."""
         constraint = job.request.constraint
-        allowed = None if constraint is None else constraint.allowed(logits.device, len(logits))
-        choice = job.sampler.choose(logits, allowed)
         job.conversation.ids.append(choice.token)
         text = job.decoder.push(choice.token)
         if constraint is not None:
@@ -331,6 +352,9 @@ class Engine:
                 self.running.remove(job)
             elif job in self.waiting:
                 self.waiting.remove(job)
+        if job.slot is not None:
+            self.free_slots.append(job.slot)
+            job.slot = None
         if job.conversation is not None:
             self.prefixes.add(job.conversation)
         self.prefixes.shrink(self.limits.kv_tokens - self.reserved)

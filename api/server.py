@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import transformers
 
+from qwen.sampling import Sampling
+
 from .engine import Engine
 from .errors import ApiError
 from .grammar import Grammars
 from .metrics import Metrics
 from .protocol import SamplingRequest
-from .sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,13 @@ class Server:
         def first(*values: float | None) -> Any:
             return next(value for value in values if value is not None)
 
+        own = Sampling.from_config(config)
         return Sampling(
-            temperature=first(body.temperature, config.temperature if config.do_sample else 0.0, 1.0),
-            top_k=first(body.top_k, config.top_k, 0),
-            top_p=first(body.top_p, config.top_p, 1.0),
-            repetition_penalty=first(body.repetition_penalty, config.repetition_penalty, 1.0),
+            temperature=first(body.temperature, own.temperature),
+            top_k=first(body.top_k, own.top_k),
+            top_p=first(body.top_p, own.top_p),
+            min_p=own.min_p,
+            repetition_penalty=first(body.repetition_penalty, own.repetition_penalty),
             presence_penalty=first(body.presence_penalty, 0.0),
             frequency_penalty=first(body.frequency_penalty, 0.0),
             logit_bias=bias,

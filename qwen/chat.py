@@ -33,11 +33,16 @@ class FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if torch.isfinite(scores).all():
             return scores
-        if self.dtype == torch.float16:
+        raise self.error(self.dtype)
+
+    @staticmethod
+    def error(dtype: torch.dtype) -> QwenError:
+        """What to tell whoever loaded the weights in this type."""
+        if dtype == torch.float16:
             cause = "float16 overflowed; load the model in bfloat16 (bf16=True, --dtype bf16) or in float32"
         else:
-            cause = f"the weights ({self.dtype}) are damaged, or training diverged; check where the checkpoint is from"
-        raise QwenError(f"the model's logits are NaN or infinite: {cause}")
+            cause = f"the weights ({dtype}) are damaged, or training diverged; check where the checkpoint is from"
+        return QwenError(f"the model's logits are NaN or infinite: {cause}")
 
 
 class StopSequences(StoppingCriteria):

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 IGNORED = -100
 CHUNK_ELEMENTS = 2**25  # float32 logits at a time: 128 MiB
+WIDENED_ELEMENTS = 2**21  # of a weight at a time, 8 MiB
 
 
 class LMHead(nn.Linear):
@@ -19,14 +20,16 @@ class LMHead(nn.Linear):
     """
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, num_items: int | Tensor | None = None) -> Tensor:
-        """Logits (..., V) of hidden states (..., C); with `labels` (B, T) the mean loss of next tokens instead.
+        """Logits (..., V) float32 of hidden states (..., C); with `labels` (B, T) the mean loss of next tokens instead.
 
         Args:
             labels: the tokens themselves, -100 where a token carries no loss; they are shifted here.
             num_items: divides the summed loss, by default the number of tokens that carry loss in `labels`.
         """
         if labels is None:
-            return super().forward(hidden)
+            if torch.is_autocast_enabled(hidden.device.type):
+                return super().forward(hidden).float()
+            return float32_logits(hidden, self.weight)
         targets = labels[:, 1:].to(hidden.device)
         carries = targets != IGNORED
         hidden, targets = hidden[:, :-1][carries], targets[carries]  # (N, C), (N,)
@@ -35,6 +38,24 @@ class LMHead(nn.Linear):
         elif isinstance(num_items, Tensor):
             num_items = num_items.to(hidden.device)
         return summed_loss(hidden, self.weight, targets) / num_items
+
+
+def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The product (..., V) in float32 of hidden states (..., C) with `weight` (V, C), summed in float32.
+
+    Rounded to bfloat16, a logit of 24 has neighbours 0.125 apart, and the likeliest tokens tie.
+    """
+    if weight.dtype == torch.float32:
+        return linear(hidden.float(), weight)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return linear(hidden.float(), weight.float())
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if hidden.device.type == "cuda":
+        logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    else:  # no such product there: a part of the weight at a time, widened
+        size = max(WIDENED_ELEMENTS // weight.shape[1], 1)
+        logits = torch.cat([linear(rows.float(), part.float()) for part in weight.split(size)], dim=-1)
+    return logits.view(*hidden.shape[:-1], -1)
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -7,19 +7,16 @@ Three things set Qwen-7B apart from Llama, all of them at inference only: dynami
 prompts longer than the training length, logn scales late queries, and window attention limits how far layers look back.
 """
 
-import copy
 import math
 import os
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -28,20 +25,18 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import JointCache, is_growing, let_grow
-from .chat import ChatMixin, FiniteLogits, StopSequences, light_criterion
+from .cache import JointCache, let_grow
 from .chatml import complete_eos_ids
 from .checkpoint import check_loaded_keys, check_weight_files
 from .compiled import CompiledReplies, warm_up
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
+from .generation import QWenGenerationMixin
 from .int4 import check_layers  # importing it also tells transformers how to load Int4 checkpoints
 from .loss import LMHead
 from .push_code import push_code_to
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
-
-PREFILL_CHUNK = 1024  # tokens: as fast as a whole prompt, on CPUs and GPUs, and a long prompt needs no more memory
 
 # The int8 cache of transformers that stands for the publisher's `use_cache_quantization`; it needs the package hqq.
 INT8_CACHE = {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1}
@@ -437,8 +432,8 @@ def attention_masks(
     }
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
-    """Qwen-7B as a language model: next-token logits, loss, `generate`, and the `chat` methods of ChatMixin."""
+class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
+    """Qwen-7B as a language model: next-token logits, loss, `generate`, and `chat` (see generation.py)."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -467,7 +462,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V) and, with `labels` (B, T; -100 is ignored), the mean next-token loss.
+        """Logits (B, T, V) float32 and, with `labels` (B, T; -100 is ignored), the mean next-token loss.
 
         `logits_to_keep` counts the last positions to compute logits of (0 is all): a long prompt needs one row of
         151,936, not thousands. `skip_logits` computes the loss without logits to return, in far less memory (see
@@ -514,126 +509,4 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         self.compiled = CompiledReplies()
         warm_up(self, show_progress)
 
-    # ---- generation: where transformers' `generate` has to know about Qwen ----
-
     create_masks_for_generate = staticmethod(attention_masks)
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """The loop of greedy search and sampling on a CPU, without the bookkeeping of transformers' own.
-
-        That costs milliseconds a token, as much as a small model itself; on a GPU it is hidden behind the GPU's work.
-        Whatever asks for more than tokens from a growing cache (scores, hidden states) runs transformers'.
-        """
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        plain = is_growing(cache) and model_kwargs.get("inputs_embeds") is None and isinstance(mask, Tensor)
-        more = synced_gpus or generation_config.return_dict_in_generate
-        if not plain or more or generation_config.is_assistant or input_ids.device.type != "cpu":
-            return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
-        logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
-        unpadded = bool(mask.all())
-        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        stopping_criteria = StoppingCriteriaList(map(light_criterion, stopping_criteria))
-        while True:
-            scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
-            if generation_config.do_sample:
-                tokens = torch.multinomial(scores.softmax(-1), num_samples=1)
-            else:
-                tokens = scores.argmax(-1, keepdim=True)
-            if ends_rows and len(tokens) > 1:
-                tokens = torch.where(unfinished[:, None], tokens, generation_config._pad_token_tensor)
-            input_ids = torch.cat([input_ids, tokens], dim=-1)
-            if streamer is not None:
-                streamer.put(tokens.flatten())
-            unfinished = unfinished & ~stopping_criteria(input_ids, None)
-            if not unfinished.any():
-                break
-            if not unpadded:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-            mask_now = None if unpadded else mask
-            logits = self(tokens, attention_mask=mask_now, past_key_values=cache, use_cache=True).logits[:, -1]
-        if streamer is not None:
-            streamer.end()
-        return input_ids
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any
-    ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        let_grow(model_kwargs.get("past_key_values"), len(self.transformer.h))
-
-    def _prepare_static_cache(self, **kwargs: Any) -> Cache:
-        make = super()._prepare_static_cache
-        if self.compiled is None:
-            return make(**kwargs)
-        rows, tokens = kwargs["batch_size"], kwargs["max_cache_len"]
-        return self.compiled.cache_for(rows, tokens, lambda room: make(**{**kwargs, "max_cache_len": room}))
-
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        *args: Any,
-        stop_words_ids: list[list[int]] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' `generate`, which also ends a row at any of `stop_words_ids` (default: the config's)."""
-        if stop_words_ids is None:
-            stop_words_ids = getattr(generation_config or self.generation_config, "stop_words_ids", None)
-        if stop_words_ids:
-            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopSequences(stop_words_ids)])
-        generate = partial(
-            super().generate, inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
-        )
-        return generate() if self.compiled is None else self.compiled.run(generate)
-
-    def _prefill(
-        self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
-    ) -> CausalLMOutputWithPast:
-        """Choose the NTK alphas from the whole prompts, for all later steps, then read long prompts in chunks.
-
-        All layers' widest activations for one chunk are what a prefill needs beside weights and cache.
-        """
-        cache = model_kwargs.get("past_key_values")
-        tokens = model_kwargs["inputs_embeds"] if model_kwargs.get("inputs_embeds") is not None else input_ids
-        if model_kwargs.get("ntk_alpha") is None:
-            mask = model_kwargs.get("attention_mask")
-            model_kwargs["ntk_alpha"] = self.transformer.choose_ntk_alpha(None, mask, tokens, cache)
-        only_tokens = tokens is input_ids and not generation_config.return_dict_in_generate
-        if generation_config.prefill_chunk_size is None and only_tokens and is_growing(cache):
-            if tokens.shape[1] > PREFILL_CHUNK:
-                generation_config = copy.copy(generation_config)
-                generation_config.prefill_chunk_size = PREFILL_CHUNK
-        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
-
-    def _assisted_decoding(self, input_ids: Tensor, *args: Any, inputs_tensor: Any = None, **kwargs: Any) -> Any:
-        """Choose the NTK alphas from the prompts alone: the first step reads guessed tokens along with them."""
-        if kwargs.get("ntk_alpha") is None:
-            mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-            kwargs["ntk_alpha"] = self.transformer.choose_ntk_alpha(None, mask, input_ids, cache)
-        return super()._assisted_decoding(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
-
-    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict]:
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        if generation_config.do_sample and generation_config.temperature is not None:
-            if generation_config.temperature < 1e-5:  # 0 means greedy; nearly 0 would overflow the division
-                generation_config.do_sample = False
-                generation_config.temperature = 1.0
-        return generation_config, model_kwargs
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Look at the raw logits (in float32, as `generate` passes them) before anything else does."""
-        return LogitsProcessorList([FiniteLogits(self.dtype), *super()._get_logits_processor(*args, **kwargs)])

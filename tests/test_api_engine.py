@@ -8,21 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 import live_server
 from api.engine import Closed, Engine, Limits, QueueFull, Request, Update
 from api.grammar import Constraint
-from api.sampling import Sampler, Sampling
 from qwen import QWenLMHeadModel, QWenTokenizer
+from qwen.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 ENDLESS = Sampling(temperature=0, logit_bias=dict.fromkeys((151643, 151644, 151645), -100.0))
@@ -220,64 +211,3 @@ def test_who_is_gone_is_not_waited_for(engine: Engine) -> None:
     engine.submit([Request([1, 2, 3], 200, GREEDY)], deliver)
     assert heard.wait(10)
     assert len(Collector(engine, [Request([4, 5, 6], 5, GREEDY)]).tokens()[0]) > 0
-
-
-# ---- sampling ----
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 1000), st.floats(0.2, 2), st.sampled_from([0, 1, 5, 1500]), st.floats(0.05, 0.999) | st.just(1.0),
-    st.sampled_from([0.8, 1.0, 1.3]), st.sampled_from([0.5, 20.0]),
-)  # fmt: skip
-def test_distributions_are_those_of_transformers(
-    seed: int, temperature: float, top_k: int, top_p: float, penalty: float, spread: float
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits, prompt = spread * torch.randn(3000, generator=generator), [5, 6, 7]
-    sampler = Sampler(
-        Sampling(temperature, top_k, top_p, repetition_penalty=penalty), prompt, 3000, torch.device("cpu")
-    )
-    probabilities, tokens = sampler.distribution(sampler._adjust(logits))
-    ours = torch.zeros(3000)
-    ours[slice(None) if tokens is None else tokens] = probabilities / probabilities.sum()
-    steps = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)]
-    steps += [TopKLogitsWarper(top_k)] if top_k else []
-    steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    theirs = LogitsProcessorList(steps)(torch.tensor([prompt]), logits[None])[0].softmax(0)
-    # Where a token's end of the cumulated probabilities is top_p itself, rounding decides whether the next one stays.
-    assert abs(int((ours > 0).sum()) - int((theirs > 0).sum())) <= 1
-    if int((ours > 0).sum()) == int((theirs > 0).sum()):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
-def test_tokens_are_drawn_as_often_as_they_should() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    for sampling in (Sampling(seed=1), Sampling(seed=2, top_k=3), Sampling(seed=3, top_p=0.9)):
-        sampler = Sampler(sampling, [], 4, torch.device("cpu"))
-        drawn = torch.tensor([sampler.choose(logits).token for _ in range(2000)]).bincount(minlength=4) / 2000
-        probabilities, tokens = sampler.distribution(logits)
-        expected = torch.zeros(4)
-        expected[slice(None) if tokens is None else tokens] = probabilities / probabilities.sum()
-        torch.testing.assert_close(drawn, expected, atol=0.04, rtol=0)
-
-
-def test_penalties_bias_and_logprobs() -> None:
-    logits = torch.tensor([3.0, 2.9, 0.0, -5.0])
-    cpu = torch.device("cpu")
-
-    def chosen(steps: int, **settings: object) -> list[int]:
-        sampler = Sampler(Sampling(temperature=0, **settings), [3], 4, cpu)
-        return [sampler.choose(logits).token for _ in range(steps)]
-
-    assert chosen(3) == [0, 0, 0]
-    assert chosen(3, presence_penalty=0.5) == [0, 1, 0]
-    assert chosen(5, frequency_penalty=1.0) == [0, 1, 0, 1, 0]
-    assert chosen(2, logit_bias={3: 100.0}) == [3, 3]
-    sampler = Sampler(Sampling(temperature=0, top_logprobs=2, logit_bias={2: 50.0}), [], 4, cpu)
-    choice = sampler.choose(logits)
-    expected = logits.log_softmax(0)
-    assert choice.token == 2 and choice.logprob == pytest.approx(float(expected[2]))
-    assert [token for token, _ in choice.top] == [0, 1]
-    with pytest.raises(FloatingPointError, match="NaN"):
-        sampler.choose(torch.tensor([float("nan"), 0, 0, 0]))

@@ -240,7 +240,7 @@ def test_long_prompts_are_read_in_chunks_by_themselves(monkeypatch: pytest.Monke
     whole = model.generate(ids, attention_mask=mask, **kwargs)
     lengths = []
     model.transformer.wte.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
-    monkeypatch.setattr("qwen.modeling_qwen.PREFILL_CHUNK", 32)
+    monkeypatch.setattr("qwen.generation.PREFILL_CHUNK", 32)
     assert model.generate(ids, attention_mask=mask, **kwargs).tolist() == whole.tolist()
     assert lengths == [32, 32, 32, 14] + [1] * 9
 

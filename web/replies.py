@@ -11,10 +11,10 @@ from transformers import GenerationConfig
 from api.engine import Engine, Request, Update
 from api.errors import ApiError
 from api.replies import Replies
-from api.sampling import Sampling
 from qwen import QwenError
 from qwen.chat import reply_config, reply_stops
 from qwen.chatml import DEFAULT_SYSTEM, Turn, build_prompt
+from qwen.sampling import Sampling
 
 POLL = 0.3  # seconds after which a reply that waits looks for its place again
 
@@ -56,13 +56,13 @@ class Replier:
     @property
     def defaults(self) -> Settings:
         """The checkpoint's own settings."""
-        config = self.config
+        sampling = Sampling.from_config(self.config)
         return Settings(
-            temperature=(1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0,
-            top_p=1.0 if config.top_p is None else config.top_p,
-            top_k=config.top_k or 0,
-            repetition_penalty=config.repetition_penalty or 1.0,
-            max_new_tokens=min(config.max_new_tokens or 512, self.engine.context - 1),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            max_new_tokens=min(self.config.max_new_tokens or 512, self.engine.context - 1),
         )
 
     async def reply(
