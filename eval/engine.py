@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
@@ -154,6 +153,8 @@ class Engine:
                 parts = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
                 return [record for part in parts for record in self._answer(part, shared)]
             except RuntimeError as error:
+                from accelerate.utils.memory import should_reduce_batch_size  # imports all that quantises, too
+
                 if rows == 1 or not should_reduce_batch_size(error):
                     raise
             rows = self.most_rows = (rows + 1) // 2

@@ -6,12 +6,17 @@
 Code that a checkpoint directory brings along is never run, with `trust_remote_code` or without.
 """
 
+import logging
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from .configuration_qwen import QWenConfig
 from .errors import QwenError
 from .modeling_qwen import QWenLMHeadModel, QWenModel
 from .tokenization_qwen import QWenTokenizer
+
+# It warns at import, whoever imports it, of a package that only its 4-bit products on CPUs would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = ["QWenConfig", "QWenLMHeadModel", "QWenModel", "QWenTokenizer", "QwenError"]
 

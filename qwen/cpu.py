@@ -36,7 +36,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT4 = 2
 INT4_ROWS = 8  # rows that the int4 kernel works on side by side
 BLOCK = 32  # columns that share an activation scale in it
-FEW_ROWS = 8  # up to so many tokens a product is bound by memory, whatever the processor computes
 
 
 class _Matrix(Structure):
@@ -141,7 +140,6 @@ class CpuDecoder:
             and not torch.is_grad_enabled()
             and hidden.device.type == "cpu"
             and hidden.dtype in KINDS
-            and (hidden.shape[0] * hidden.shape[1] <= FEW_ROWS or not _has_native_bf16(hidden.dtype))
             and is_growing(cache)
             and not kwargs.get("output_attentions")
             and not kwargs.get("output_hidden_states")
@@ -182,19 +180,17 @@ class CpuDecoder:
         return x.to(hidden.dtype)
 
     def linear(self, hidden: Tensor, linear: nn.Linear) -> Tensor:
-        """`linear(hidden)`; by the kernels if they know its weights."""
+        """`linear(hidden)`; by the kernels if they know its weights, and then in float32."""
         rows = hidden.numel() // hidden.shape[-1]
         known = type(linear) in (nn.Linear, LMHead) and linear.weight.dtype == hidden.dtype and hidden.dtype in KINDS
-        if torch.is_grad_enabled() or not known or hidden.device.type != "cpu" or not rows or _hooked(linear) or (
-            rows > FEW_ROWS and _has_native_bf16(hidden.dtype)
-        ):  # fmt: skip
+        if torch.is_grad_enabled() or not known or hidden.device.type != "cpu" or not rows or _hooked(linear):
             return linear(hidden)
         alive: list[Tensor] = []
         matrix = _describe(linear, alive)
         x = hidden.float().contiguous()
         y = torch.empty(*hidden.shape[:-1], matrix.rows)
         self.kernels.qwen_linear(byref(matrix), x.data_ptr(), rows, y.data_ptr(), num_threads())
-        return y.to(hidden.dtype)
+        return y
 
     def _places(self, caches: Sequence[Cache], B: int, T: int, dtype: torch.dtype) -> Tensor:
         """Where the kernels find the keys and values of each row, and their capacity: (layers, rows, 3) int64.
@@ -242,11 +238,6 @@ class CpuDecoder:
             self.layers[0].attn.scaling,
         )  # fmt: skip
         self.alive = alive
-
-
-def _has_native_bf16(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own products of many rows are the faster ones."""
-    return dtype == torch.bfloat16 and hardware().bf16
 
 
 def _padded_left(attention_mask: Any) -> bool:

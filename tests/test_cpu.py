@@ -102,7 +102,6 @@ def test_padded_batches_chunks_and_windows(local_attn: object, monkeypatch: pyte
 
 @torch.no_grad()
 def test_bf16_is_as_near_to_float32_as_pytorch_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qwen.cpu, "_has_native_bf16", lambda dtype: False)
     exact, plain, model = golden.model().bfloat16().float(), golden.model().bfloat16(), with_kernels(torch.bfloat16)
     counts = spy(model, monkeypatch)
     ids, caches = golden.ids(90), [DynamicCache() for _ in range(3)]

@@ -32,6 +32,12 @@ ROWS = [("Who are you?", "Lumen."), ("1+1?", "2"), ("A colour?", "Blue."), ("Say
         ("What is up?", "The sky."), ("2+2?", "4"), ("A pet?", "A cat, and a dog."), ("Bye", "See you.")]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training's own choice of precision is float32, as without native bfloat16, on every processor."""
+    monkeypatch.setenv("QWEN_HARDWARE", "bf16=off")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model of three small layers."""
