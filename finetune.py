@@ -20,11 +20,12 @@ from qwen import QWenTokenizer
 from qwen.errors import QwenError
 from training.arguments import Settings, TrainingArguments, parse_settings, stage
 from training.checkpoints import check_same_run, find_resumable
-from training.conversations import read_conversations
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
 from training.models import check_source, count_parameters, load_model
 from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
+from training.read import Source, check_notes
 from training.report import describe_dataset, print_report
+from training.samples import Notes
 from training.trainer import QwenTrainer
 from utils import DTYPES, find_checkpoint, load_config, run_script
 
@@ -58,12 +59,15 @@ def train(settings: Settings) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, about each other
     set_seed(training.seed)
     resume = find_resumable(prepare_output(training), training.resume_from_checkpoint)
-    conversations = [read_conversations(Path(path)) for path in (data.data_path, data.eval_data_path) if path]
+    names = [data.data_path, [data.eval_data_path] if data.eval_data_path else []]
+    conversations = [read_data(each, settings) for each in names if each]
     with training.main_process_first(local=True, desc="download"):
         directory = find_checkpoint(settings.model.model_name_or_path, settings.model.hub, settings.model.revision)
     check_source(directory, settings.lora)
     tokenizer = load_tokenizer(directory, settings)
-    datasets = [make_dataset(each, tokenizer, settings) for each in conversations]
+    datasets = [
+        make_dataset(each, tokenizer, settings, given) for each, given in zip(conversations, names, strict=False)
+    ]
     facts = {"data": datasets[0].fingerprint(), "loss_on": data.loss_on, "seed": training.seed,
              "adapter": settings.lora.use_lora}  # fmt: skip
     if resume is not None:
@@ -92,6 +96,32 @@ def train(settings: Settings) -> int:
     return finish(trainer, progress, stopper, settings, parameters)
 
 
+def source(name: str, settings: Settings) -> Source:
+    """Data as the flags say that they are to be read."""
+    data = settings.data
+    pairs = [pair.partition("=") for pair in data.columns]
+    if bad := next((f"{known}{sign}{own}" for known, sign, own in pairs if not (known and own)), None):
+        raise QwenError(f"--columns {bad}: write the name known here, =, and that of your column")
+    return Source(name, "sft", data.data_encoding, data.data_split, {own: known for known, _, own in pairs},
+                  tuple(data.ignore_fields))  # fmt: skip
+
+
+def read_data(names: list[str], settings: Settings) -> list:
+    """All samples of these data; QwenError for bad ones, after a list of all of them, unless they are to be skipped."""
+    notes = Notes()
+    samples = [sample for name in names for sample in source(name, settings).samples(notes)]
+    if settings.training.should_log:
+        for text in (notes.list_remarks(), notes.list_faults()):
+            if text:
+                print(text, file=sys.stderr)
+    if notes.bad and settings.data.skip_bad_samples and samples:
+        if settings.training.should_log:
+            print(f"{notes.bad:,} of {notes.samples:,} samples are bad and left out.", file=sys.stderr)
+    else:
+        check_notes(notes, names)
+    return samples
+
+
 def prepare_output(training: TrainingArguments) -> Path:
     """The output directory, made; QwenError if it can't be."""
     output = Path(training.output_dir)
@@ -113,7 +143,7 @@ def load_tokenizer(directory: Path, settings: Settings) -> QWenTokenizer:
 
 
 def make_dataset(
-    conversations: list, tokenizer: QWenTokenizer, settings: Settings
+    conversations: list, tokenizer: QWenTokenizer, settings: Settings, names: list[str]
 ) -> TokenDataset | PackedDataset | LazyDataset:
     """Tokenised (or soon to be) samples; QwenError if none has anything to learn from."""
     data = settings.data
@@ -123,8 +153,8 @@ def make_dataset(
     samples = tokenize(conversations, tokenizer, data.model_max_length, data.loss_on, quiet)
     if not len(samples):
         raise QwenError(
-            f"no sample of {data.data_path} can be trained on ({describe_dataset(samples)}): give replies to learn, or "
-            f"raise --model_max_length {data.model_max_length}"
+            f"no sample of {', '.join(names)} can be trained on ({describe_dataset(samples)}): give replies to learn, "
+            f"or raise --model_max_length {data.model_max_length}"
         )
     if not quiet:
         print(describe_dataset(samples), file=sys.stderr)
@@ -187,9 +217,12 @@ def base_name(settings: Settings) -> tuple[str, str | None]:
 
 
 def check_data(settings: Settings) -> int:
-    """Report on a file of conversations; no model is loaded."""
-    path, name = Path(settings.data.check_data), settings.model.model_name_or_path
-    conversations = read_conversations(path)
+    """Report on data, bad samples and all; no model is loaded."""
+    path, name = settings.data.check_data, settings.model.model_name_or_path
+    notes = Notes()
+    conversations = list(source(path, settings).samples(notes))
+    if not notes.samples:
+        check_notes(notes, [path])
     if name == "demo" or Path(name).is_dir():
         tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(name))
     else:
@@ -199,8 +232,8 @@ def check_data(settings: Settings) -> int:
             print(f"The vocabulary of {name} is not to be had: counting with the demo model's.", file=sys.stderr)
             tokenizer = AutoTokenizer.from_pretrained(ensure_demo_checkpoint())
     samples = tokenize(conversations, tokenizer, settings.data.model_max_length, settings.data.loss_on)
-    print_report(path, conversations, samples, tokenizer, settings.data)
-    return 0 if len(samples) else 1
+    print_report(path, conversations, samples, tokenizer, settings.data, notes)
+    return 0 if len(samples) and (settings.data.skip_bad_samples or not notes.bad) else 1
 
 
 if __name__ == "__main__":
