@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
@@ -19,7 +20,7 @@ from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
 from qwen.errors import QwenError
 from training.arguments import Settings, TrainingArguments, parse_settings, stage
-from training.checkpoints import check_same_run, find_resumable
+from training.checkpoints import check_output, check_same_run, find_resumable, identify_base
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
 from training.models import check_source, count_parameters, load_model
 from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
@@ -50,6 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)):
             sys.exit(1)  # the first process says it
         raise
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save's, where the disk is full
+            raise
+        raise QwenError(
+            f"{settings.training.output_dir} can't be written, the disk is full: free some space, then resume"
+        ) from None
 
 
 def train(settings: Settings) -> int:
@@ -59,6 +66,7 @@ def train(settings: Settings) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, about each other
     set_seed(training.seed)
     resume = find_resumable(prepare_output(training), training.resume_from_checkpoint)
+    check_output(Path(training.output_dir), settings.model.model_name_or_path, settings.lora.use_lora)
     names = [data.data_path, [data.eval_data_path] if data.eval_data_path else []]
     conversations = [read_data(each, settings) for each in names if each]
     with training.main_process_first(local=True, desc="download"):
@@ -68,8 +76,7 @@ def train(settings: Settings) -> int:
     datasets = [
         make_dataset(each, tokenizer, settings, given) for each, given in zip(conversations, names, strict=False)
     ]
-    facts = {"data": datasets[0].fingerprint(), "loss_on": data.loss_on, "seed": training.seed,
-             "adapter": settings.lora.use_lora}  # fmt: skip
+    facts = run_facts(settings, directory, datasets[0].fingerprint())
     if resume is not None:
         check_same_run(resume, facts)
     check_steps(len(datasets[0]), settings)
@@ -120,6 +127,19 @@ def read_data(names: list[str], settings: Settings) -> list:
     else:
         check_notes(notes, names)
     return samples
+
+
+def run_facts(settings: Settings, directory: Path, data: str) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint must have in common with the one that wrote it."""
+    lora, training = settings.lora, settings.training
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    facts = {
+        "data": data, "loss_on": settings.data.loss_on, "seed": training.seed, "adapter": lora.use_lora,
+        "base model": identify_base(directory), "precision": training.precision, "optim": str(training.optim),
+        "learning_rate": training.learning_rate, "lr_scheduler_type": str(training.lr_scheduler_type),
+        "batch (samples a step)": batch,
+    }  # fmt: skip
+    return facts | (vars(lora) if lora.use_lora else {})
 
 
 def prepare_output(training: TrainingArguments) -> Path:
