@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
@@ -19,12 +20,13 @@ from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
 from qwen.errors import QwenError
 from training.arguments import Settings, TrainingArguments, parse_settings, stage
-from training.checkpoints import check_same_run, find_resumable
-from training.conversations import read_conversations
+from training.checkpoints import check_output, check_same_run, find_resumable, identify_base
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
 from training.models import check_source, count_parameters, load_model
 from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
+from training.read import Source, check_notes
 from training.report import describe_dataset, print_report
+from training.samples import Notes
 from training.trainer import QwenTrainer
 from utils import DTYPES, find_checkpoint, load_config, run_script
 
@@ -49,6 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)):
             sys.exit(1)  # the first process says it
         raise
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save's, where the disk is full
+            raise
+        raise QwenError(
+            f"{settings.training.output_dir} can't be written, the disk is full: free some space, then resume"
+        ) from None
 
 
 def train(settings: Settings) -> int:
@@ -58,14 +66,17 @@ def train(settings: Settings) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, about each other
     set_seed(training.seed)
     resume = find_resumable(prepare_output(training), training.resume_from_checkpoint)
-    conversations = [read_conversations(Path(path)) for path in (data.data_path, data.eval_data_path) if path]
+    check_output(Path(training.output_dir), settings.model.model_name_or_path, settings.lora.use_lora)
+    names = [data.data_path, [data.eval_data_path] if data.eval_data_path else []]
+    conversations = [read_data(each, settings) for each in names if each]
     with training.main_process_first(local=True, desc="download"):
         directory = find_checkpoint(settings.model.model_name_or_path, settings.model.hub, settings.model.revision)
     check_source(directory, settings.lora)
     tokenizer = load_tokenizer(directory, settings)
-    datasets = [make_dataset(each, tokenizer, settings) for each in conversations]
-    facts = {"data": datasets[0].fingerprint(), "loss_on": data.loss_on, "seed": training.seed,
-             "adapter": settings.lora.use_lora}  # fmt: skip
+    datasets = [
+        make_dataset(each, tokenizer, settings, given) for each, given in zip(conversations, names, strict=False)
+    ]
+    facts = run_facts(settings, directory, datasets[0].fingerprint())
     if resume is not None:
         check_same_run(resume, facts)
     check_steps(len(datasets[0]), settings)
@@ -92,6 +103,45 @@ def train(settings: Settings) -> int:
     return finish(trainer, progress, stopper, settings, parameters)
 
 
+def source(name: str, settings: Settings) -> Source:
+    """Data as the flags say that they are to be read."""
+    data = settings.data
+    pairs = [pair.partition("=") for pair in data.columns]
+    if bad := next((f"{known}{sign}{own}" for known, sign, own in pairs if not (known and own)), None):
+        raise QwenError(f"--columns {bad}: write the name known here, =, and that of your column")
+    return Source(name, "sft", data.data_encoding, data.data_split, {own: known for known, _, own in pairs},
+                  tuple(data.ignore_fields))  # fmt: skip
+
+
+def read_data(names: list[str], settings: Settings) -> list:
+    """All samples of these data; QwenError for bad ones, after a list of all of them, unless they are to be skipped."""
+    notes = Notes()
+    samples = [sample for name in names for sample in source(name, settings).samples(notes)]
+    if settings.training.should_log:
+        for text in (notes.list_remarks(), notes.list_faults()):
+            if text:
+                print(text, file=sys.stderr)
+    if notes.bad and settings.data.skip_bad_samples and samples:
+        if settings.training.should_log:
+            print(f"{notes.bad:,} of {notes.samples:,} samples are bad and left out.", file=sys.stderr)
+    else:
+        check_notes(notes, names)
+    return samples
+
+
+def run_facts(settings: Settings, directory: Path, data: str) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint must have in common with the one that wrote it."""
+    lora, training = settings.lora, settings.training
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    facts = {
+        "data": data, "loss_on": settings.data.loss_on, "seed": training.seed, "adapter": lora.use_lora,
+        "base model": identify_base(directory), "precision": training.precision, "optim": str(training.optim),
+        "learning_rate": training.learning_rate, "lr_scheduler_type": str(training.lr_scheduler_type),
+        "batch (samples a step)": batch,
+    }  # fmt: skip
+    return facts | (vars(lora) if lora.use_lora else {})
+
+
 def prepare_output(training: TrainingArguments) -> Path:
     """The output directory, made; QwenError if it can't be."""
     output = Path(training.output_dir)
@@ -113,7 +163,7 @@ def load_tokenizer(directory: Path, settings: Settings) -> QWenTokenizer:
 
 
 def make_dataset(
-    conversations: list, tokenizer: QWenTokenizer, settings: Settings
+    conversations: list, tokenizer: QWenTokenizer, settings: Settings, names: list[str]
 ) -> TokenDataset | PackedDataset | LazyDataset:
     """Tokenised (or soon to be) samples; QwenError if none has anything to learn from."""
     data = settings.data
@@ -123,8 +173,8 @@ def make_dataset(
     samples = tokenize(conversations, tokenizer, data.model_max_length, data.loss_on, quiet)
     if not len(samples):
         raise QwenError(
-            f"no sample of {data.data_path} can be trained on ({describe_dataset(samples)}): give replies to learn, or "
-            f"raise --model_max_length {data.model_max_length}"
+            f"no sample of {', '.join(names)} can be trained on ({describe_dataset(samples)}): give replies to learn, "
+            f"or raise --model_max_length {data.model_max_length}"
         )
     if not quiet:
         print(describe_dataset(samples), file=sys.stderr)
@@ -187,9 +237,12 @@ def base_name(settings: Settings) -> tuple[str, str | None]:
 
 
 def check_data(settings: Settings) -> int:
-    """Report on a file of conversations; no model is loaded."""
-    path, name = Path(settings.data.check_data), settings.model.model_name_or_path
-    conversations = read_conversations(path)
+    """Report on data, bad samples and all; no model is loaded."""
+    path, name = settings.data.check_data, settings.model.model_name_or_path
+    notes = Notes()
+    conversations = list(source(path, settings).samples(notes))
+    if not notes.samples:
+        check_notes(notes, [path])
     if name == "demo" or Path(name).is_dir():
         tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(name))
     else:
@@ -199,8 +252,8 @@ def check_data(settings: Settings) -> int:
             print(f"The vocabulary of {name} is not to be had: counting with the demo model's.", file=sys.stderr)
             tokenizer = AutoTokenizer.from_pretrained(ensure_demo_checkpoint())
     samples = tokenize(conversations, tokenizer, settings.data.model_max_length, settings.data.loss_on)
-    print_report(path, conversations, samples, tokenizer, settings.data)
-    return 0 if len(samples) else 1
+    print_report(path, conversations, samples, tokenizer, settings.data, notes)
+    return 0 if len(samples) and (settings.data.skip_bad_samples or not notes.bad) else 1
 
 
 if __name__ == "__main__":

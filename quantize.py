@@ -30,7 +30,7 @@ from qwen.checkpoint import check_architecture, list_weight_files
 from qwen.gptq import quantize_weight
 from qwen.int4 import Int4Linear, group_index, pack_words
 from qwen.paths import replacing
-from training.conversations import read_conversations
+from training.read import read_conversations
 from utils import (
     DTYPE_NAMES,
     add_model_arguments,

@@ -29,8 +29,9 @@ from profiling.ceilings import synchronize  # noqa: E402
 from profiling.measure import peak_bytes, reset_peak  # noqa: E402
 from qwen.loss import IGNORED  # noqa: E402
 from training.attention import PACKED  # noqa: E402
-from training.conversations import Conversation, parse_sample  # noqa: E402
 from training.data import PackedDataset, TokenDataset, collate, pack, tokenize  # noqa: E402
+from training.forms import read_sample  # noqa: E402
+from training.samples import Notes  # noqa: E402
 from utils import DTYPES, find_checkpoint, load_model_for_training, run_script  # noqa: E402
 
 WAYS = {
@@ -126,7 +127,7 @@ def make_step(model: Any, **kwargs: Any) -> Callable[[dict[str, Any]], None]:
 
 def own_steps(args: argparse.Namespace, samples: list[dict[str, Any]]) -> tuple[Callable, list[dict[str, Any]]]:
     model, tokenizer = make_model(args, "sdpa" if args.one == "published" else PACKED)
-    conversations = [Conversation(parse_sample(sample)[0], "") for sample in samples]
+    conversations = [read_sample(sample, "", "sft", Notes())[0] for sample in samples]
     dataset: TokenDataset | PackedDataset = tokenize(conversations, tokenizer, args.max_length, "assistant", quiet=True)
     if args.one == "published":
         rows = [pad_to_maximum(dataset[i], args.max_length, tokenizer.eod_id) for i in range(len(dataset))]
@@ -157,7 +158,7 @@ def trl_steps(args: argparse.Namespace, samples: list[dict[str, Any]]) -> tuple[
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = make_model(args, "sdpa")
-    conversations = [Conversation(parse_sample(sample)[0], "") for sample in samples]
+    conversations = [read_sample(sample, "", "sft", Notes())[0] for sample in samples]
     tokens = tokenize(conversations, tokenizer, args.max_length, "assistant", quiet=True)
     items = [tokens[i] for i in range(len(tokens))]
     rows = [{name: item[name].tolist() for name in ("input_ids", "labels")} for item in items]

@@ -17,10 +17,11 @@ from qwen import QwenError, QWenTokenizer
 from qwen.chatml import encode_messages
 from qwen.loss import IGNORED
 from qwen.tools import read_tool, render_messages
-from training.conversations import Conversation, parse_sample, read_conversations
 from training.data import LazyDataset, PackedDataset, PaddingCollator, collate, pack, tokenize
+from training.forms import read_sample
 from training.masks import LOSS_ON, encode_conversation
-from training.messages import Message
+from training.read import read_conversations
+from training.samples import Conversation, Message, Notes
 
 SAMPLES = finetune.ROOT / "finetune" / "sample.jsonl"
 HI = {"role": "user", "content": "Hi"}
@@ -32,6 +33,10 @@ TOOL = {"type": "function", "function": {"name": "weather", "description": "The 
 def write(path: Path, *samples: Any) -> Path:
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
     return path
+
+
+def parse_sample(sample: Any) -> list[tuple[Message, ...]]:
+    return [each.messages for each in read_sample(sample, "here", "sft", Notes())]
 
 
 def conversation(*turns: dict[str, Any]) -> Conversation:
@@ -68,7 +73,7 @@ def test_all_forms_are_the_same_conversation(tmp_path: Path) -> None:
     ("sample", "message"),
     [
         ("text", "a sample is .* not text"),
-        ({"text": "a"}, 'a sample is .* this has "text"'),
+        ({"words": "a"}, 'a sample is .* this has "words"'),
         ({"messages": [], "conversations": []}, 'a sample is .* this has "messages", "conversations"'),
         ({"messages": []}, '"messages" is a list of messages, not an empty list'),
         ({"messages": [HI, "Hello"]}, "turn 2: a message has .* and is not text"),
@@ -77,10 +82,11 @@ def test_all_forms_are_the_same_conversation(tmp_path: Path) -> None:
         ({"messages": [HI, {"role": ["user"], "content": "a"}]}, "turn 2: the role .* is unknown"),
         ({"messages": [HI, {"role": "assistant", "content": 7}]}, "turn 2: the content is a number, not text"),
         ({"messages": [HI, {"role": "assistant", "content": None}]}, "turn 2: the content is null, not text"),
-        ({"messages": [HI, {"role": "assistant", "content": [{"type": "image"}]}]}, "turn 2: the content is a list"),
+        ({"messages": [HI, {"role": "assistant", "content": [{"type": "image"}]}]},
+         "turn 2: the content has a part of type 'image'"),
         ({"messages": [HI, {"role": "assistant", "content": " \n"}]}, "turn 2: the reply is empty"),
         ({"messages": [HI, {"role": "assistant", "content": "\ud800"}]}, "turn 2: character 0 is half of a surrogate"),
-        ({"messages": [HI, HELLO | {"train": 1}]}, 'turn 2: "train" is 1: write true or false'),
+        ({"messages": [HI, HELLO | {"train": 2}]}, 'turn 2: "train" is 2: write true or false'),
         ({"messages": [HI | {"train": True}, HELLO]}, 'turn 1: "train" is true for a message of the user'),
         ({"messages": [HELLO, HI]}, "turn 1: assistant is out of place: a conversation begins with the user"),
         ({"messages": [HI, HI, HELLO]}, "turn 2: user is out of place: after user comes assistant"),
@@ -100,7 +106,7 @@ def test_bad_samples_name_file_line_turn_and_reason(tmp_path: Path, sample: Any,
         read_conversations(path)
     assert len(str(caught.value).splitlines()) == 1
     path = write(tmp_path / "bad.jsonl", sample, sample, sample)
-    with pytest.raises(QwenError, match=r"bad\.jsonl:1: .*\(2 more samples of this file are bad\)"):
+    with pytest.raises(QwenError, match=r"bad\.jsonl:1: .*\(2 more of 3 samples are bad\)"):
         read_conversations(path)
 
 
@@ -110,10 +116,10 @@ def test_bad_samples_name_file_line_turn_and_reason(tmp_path: Path, sample: Any,
         (b"", "is empty"),
         (b" \n\n", "is empty"),
         (b"[]", "holds no samples"),
-        (b'{"messages": [\n', r"data:1: not valid JSON"),
+        (b'{"messages": [\n', r"data:2: not valid JSON"),
         (b'[{"messages":\n [}]', r"data:2: not valid JSON"),
-        (b'\n{"a": 1}\n{"b"', r"data:3: not valid JSON"),
-        ("{“messages”".encode("gbk"), "not UTF-8"),
+        (b'\n{"a": 1}\n{"b"', r'data:2: .* this has "a".*1 more of 2'),
+        ("{“messages”".encode("gbk"), "not valid JSON"),
         (b"[" * 200_000, "not valid JSON|nested too deeply"),
     ],
 )
@@ -123,8 +129,9 @@ def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
         read_conversations(tmp_path / "data")
     with pytest.raises(QwenError, match="nowhere can't be read: No such file"):
         read_conversations(tmp_path / "nowhere")
-    with pytest.raises(QwenError, match="can't be read: Is a directory"):
-        read_conversations(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(QwenError, match="holds no data"):
+        read_conversations(tmp_path / "empty")
 
 
 # ---- what carries loss ----

@@ -56,9 +56,14 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str | None = option(None, "Training conversations, JSON or JSON lines (see finetune/README.md).", "-d")
+    data_path: list[str] = option([], "Training data: files, folders, patterns, names of the hub.", "-d")
     eval_data_path: str | None = option(None, "Conversations to measure the loss on, with --eval_strategy.")
-    check_data: str | None = option(None, "Only look at this file: counts, lengths, what carries loss.")
+    check_data: str | None = option(None, "Only look at these data: faults, counts, lengths, what carries loss.")
+    skip_bad_samples: bool = option(False, "Leave samples out that can't be used, and go on with the others.")
+    data_encoding: str | None = option(None, "Encoding of text files; by default UTF-8, or what they look like.")
+    data_split: str = option("train", "Split of saved and hub data sets.")
+    columns: list[str] = option([], "Columns by the names known here: instruction=Frage output=Antwort.")
+    ignore_fields: list[str] = option([], "Fields of samples to pass over.")
     model_max_length: int = option(8192, "Longest sample in tokens; longer ones are cut after a whole reply.")
     loss_on: str = option(
         "assistant", "What carries loss: all replies, the last one, or the published recipe's mask.", choices=LOSS_ON
@@ -181,7 +186,7 @@ def renamed(argument: str) -> str:
 def check_settings(settings: Settings) -> None:
     """QwenError for flags that contradict each other or can't work."""
     data, lora, training = settings.data, settings.lora, settings.training
-    if data.data_path is None:
+    if not data.data_path:
         raise QwenError("--data_path is missing: give a file of conversations; finetune/sample.jsonl is one")
     if data.model_max_length < 16:
         raise QwenError(f"--model_max_length {data.model_max_length}: a sample of a question and a reply takes more")

@@ -1,12 +1,13 @@
 """Checkpoints of a run: which are whole, which to go on from, and what an adapter's directory says about its base."""
 
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from qwen.checkpoint import read_json
+from qwen.checkpoint import list_weight_files, read_json
 from qwen.errors import QwenError
 
 COMPLETE = "complete.json"  # written when everything else is; a checkpoint without it was interrupted
@@ -69,12 +70,54 @@ def find_resumable(output: Path, resume: str | None) -> Path | None:
 def check_same_run(checkpoint: Path, facts: dict[str, Any]) -> None:
     """QwenError if a run with these facts would not go on where the checkpoint's stopped."""
     saved = read_json(checkpoint / COMPLETE)
-    for name, value in facts.items():
-        if saved.get(name) != value:
-            raise QwenError(
-                f"{checkpoint} was written with another {name} ({saved.get(name)}, now {value}): take the same, or "
-                "start anew in another --output_dir"
-            )
+    differing = [name for name, value in facts.items() if name in saved and saved[name] != value]
+    if differing:
+        listed = ", another ".join(f"{name} ({saved[name]}, now {facts[name]})" for name in differing)
+        raise QwenError(
+            f"{checkpoint} was written with another {listed}: take the same, or start anew in another --output_dir"
+        )
+    check_state(checkpoint)
+
+
+def check_state(checkpoint: Path) -> None:
+    """QwenError if a checkpoint lacks what is needed to go on: weights, the optimiser's state, the Trainer's."""
+    instead = "delete it to go on from the one before, or start anew in another --output_dir"
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise QwenError(f"{checkpoint / 'trainer_state.json'} is missing or damaged: {instead}") from None
+    needed = {
+        "weights": ("*.safetensors", "pytorch_model*", "adapter_model.bin", "global_step*"),
+        "the optimiser's state": ("optimizer*", "global_step*"),
+    }
+    for what, patterns in needed.items():
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            raise QwenError(f"{checkpoint} lacks {what}: {instead}")
+
+
+def identify_base(directory: Path) -> str:
+    """The same for the same weights: sizes of the weight files and 64 pieces of each."""
+    digest = hashlib.sha256()
+    for path in list_weight_files(directory):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(64):
+                file.seek(number * size // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def check_output(output: Path, base: str, adapter: bool) -> None:
+    """QwenError if the output would replace the base model, or mix with another method's result."""
+    if Path(base).is_dir() and output.resolve() == Path(base).resolve():
+        raise QwenError(f"--output_dir {output} is the model to be trained, which would be lost: give another one")
+    weights = any((output / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    other = "a whole model" if adapter and weights else ""
+    if not adapter and (output / "adapter_config.json").is_file():
+        other = "an adapter"
+    if other:
+        raise QwenError(f"--output_dir {output} holds {other} of an earlier training: give another one")
 
 
 def record_base(directory: Path, name: str, revision: str | None) -> None:

@@ -21,8 +21,8 @@ from qwen import QWenTokenizer
 from qwen.errors import QwenError
 from qwen.loss import IGNORED
 
-from .conversations import Conversation
-from .masks import encode_conversation
+from .masks import encode_conversation, encode_text
+from .samples import Conversation, Text
 
 
 class TokenDataset(Dataset):
@@ -114,16 +114,24 @@ class PackedDataset(Dataset):
 
 
 def tokenize(
-    conversations: list[Conversation], tokenizer: QWenTokenizer, max_length: int, loss_on: str, quiet: bool = False
+    conversations: list[Conversation | Text],
+    tokenizer: QWenTokenizer,
+    max_length: int,
+    loss_on: str,
+    quiet: bool = False,
 ) -> TokenDataset:
     """All conversations that have something to learn from; `fates` counts what became of them."""
     dataset = TokenDataset()
     hidden = quiet or len(conversations) < 2000
     for conversation in tqdm(conversations, "Tokenising", unit="sample", disable=hidden, file=sys.stderr):
-        sample = encode_conversation(tokenizer, conversation, max_length, loss_on)
-        dataset.fates[sample.fate] += 1
-        if sample.input_ids:
-            dataset.append(sample.input_ids, sample.labels)
+        if isinstance(conversation, Text):
+            samples = encode_text(tokenizer, conversation, max_length)
+        else:
+            samples = [encode_conversation(tokenizer, conversation, max_length, loss_on)]
+        for sample in samples:
+            dataset.fates[sample.fate] += 1
+            if sample.input_ids:
+                dataset.append(sample.input_ids, sample.labels)
     return dataset
 
 

@@ -13,8 +13,7 @@ from qwen import QWenTokenizer
 from qwen.chatml import DEFAULT_SYSTEM, encode_block
 from qwen.loss import IGNORED
 
-from .conversations import Conversation
-from .messages import Message
+from .samples import Conversation, Message, Text
 
 LOSS_ON = ("assistant", "qwen2023", "last")
 
@@ -23,7 +22,8 @@ LOSS_ON = ("assistant", "qwen2023", "last")
 class Sample:
     """A tokenised conversation; without ids where it was dropped."""
 
-    fate: str  # whole; cut: later turns did not fit; too long: not even the first reply did; no reply to learn from
+    # whole; split: a piece of a text; cut: later turns did not fit; too long: not even the first reply did; no reply
+    fate: str
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)  # the ids, or -100 where a token carries no loss
 
@@ -68,6 +68,18 @@ def encode_conversation(
     tokens.carries[0] = False  # nothing stands before it to predict it from; in a pack another sample would
     labels = [i if carries else IGNORED for i, carries in zip(tokens.ids[:end], tokens.carries, strict=False)]
     return Sample(fate, tokens.ids[:end], labels)
+
+
+def encode_text(tokenizer: QWenTokenizer, text: Text, max_length: int) -> list[Sample]:
+    """A document in pieces of up to `max_length` tokens; all of it carries loss, and the <|endoftext|> that ends it.
+
+    An <|endoftext|> goes before it, as in pre-training, to predict its first token from; a later piece begins with the
+    last token of the one before, which carries none.
+    """
+    ids = [tokenizer.eod_id, *tokenizer.encode_text(text.text), tokenizer.eod_id]
+    pieces = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
+    fate = "whole" if len(pieces) == 1 else "split"
+    return [Sample(fate, piece, [IGNORED, *piece[1:]]) for piece in pieces]
 
 
 def _add_block(tokens: _Tokens, tokenizer: QWenTokenizer, message: Message, everywhere: bool) -> None:

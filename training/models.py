@@ -105,6 +105,8 @@ def add_adapter(model: QWenLMHeadModel, lora: LoraArguments) -> nn.Module:
 def set_stop_ids(model: QWenLMHeadModel, tokenizer: QWenTokenizer) -> None:
     """Make a base model's saved settings those of a chat model: what is trained here ends its turns in ChatML."""
     config = model.generation_config
+    if not config.do_sample:  # settings of sampling beside greedy ones change nothing, but can't be saved
+        config.temperature = config.top_p = config.top_k = None
     if getattr(config, "chat_format", None) == "chatml":
         return
     config.chat_format = "chatml"

@@ -4,16 +4,16 @@ import os
 import sys
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
 from qwen import QWenTokenizer
 
 from .arguments import DataArguments
-from .conversations import Conversation
 from .data import TokenDataset, pack
+from .samples import Conversation, Notes, Text
 
 FATES = {  # what becomes of samples, in the order of a report
     "whole": "used whole",
+    "split": "pieces of longer texts",
     "cut": "cut after the last reply that fits",
     "too long": "dropped: the first reply does not fit",
     "no reply": "dropped: no reply to learn from",
@@ -33,16 +33,23 @@ def describe_dataset(samples: TokenDataset) -> str:
 
 
 def print_report(
-    path: Path, conversations: Sequence[Conversation], samples: TokenDataset, tokenizer: QWenTokenizer,
-    data: DataArguments,
+    path: str, conversations: Sequence[Conversation | Text], samples: TokenDataset, tokenizer: QWenTokenizer,
+    data: DataArguments, notes: Notes,
 ) -> None:  # fmt: skip
     """Print the whole report on one file."""
     print(f"{path}: {describe_dataset(samples)}")
-    replies = sum(message.role == "assistant" for each in conversations for message in each.messages)
-    print(f"{replies:,} replies, {replies / max(len(conversations), 1):.1f} a sample")
+    if notes.bad:
+        print(f"{notes.bad:,} of {notes.samples:,} samples are bad:\n{notes.list_faults()}")
+    if notes.remarks:
+        print(notes.list_remarks())
+    chats = [each for each in conversations if isinstance(each, Conversation)]
+    if len(chats) < len(conversations):
+        print(f"{len(conversations) - len(chats):,} plain texts: every token carries loss, without ChatML")
+    replies = sum(message.role == "assistant" for each in chats for message in each.messages)
+    print(f"{replies:,} replies, {replies / max(len(chats), 1):.1f} a sample")
     spelled = sum(
         any(token in message.content for token in tokenizer.special_tokens)
-        for each in conversations for message in each.messages
+        for each in chats for message in each.messages
     )  # fmt: skip
     if spelled:
         print(f"{spelled:,} messages spell a control token such as <|im_end|>: it is trained on as plain text")

@@ -7,33 +7,28 @@ questions, in which the replies to that question carry loss: what the model writ
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
 from typing import Any
 
 from qwen.errors import QwenError
 from qwen.tools import STOP_WORD, is_result, read_tool, render_messages, trim
 
-from .messages import BadSample, Message, Span
+from ..samples import BadSample, Message, Notes, Span
+from .fields import clean_text
 
+BAD_TOOLS = "a malformed list of tools"
 RESULT = re.compile("\ue000(\\d+)\ue001")  # private characters stand for results while their places are looked for
 
 
-def has_tools(sample: dict[str, Any], turns: Sequence[dict[str, Any]]) -> bool:
-    """Whether a sample defines tools, calls them or reads their results."""
-    calling = any(turn["role"] == "tool" or "tool_calls" in turn or "function_call" in turn for turn in turns)
-    return bool(sample.get("tools") or sample.get("functions")) or calling
-
-
-def render_questions(turns: list[dict[str, Any]], tools: Any) -> list[tuple[Message, ...]]:
+def render_questions(turns: list[dict[str, Any]], tools: Any, notes: Notes) -> list[tuple[Message, ...]]:
     """One conversation for each question of these turns (OpenAI's form), with `tools` before it.
 
     Raises:
         BadSample: a tool, a call or a result is malformed or out of place.
     """
     try:
-        read = [read_tool(tool) for tool in _tool_list(tools)]
+        read = [read_tool(tool) for tool in _clean(_tool_list(tools), notes)]
     except (QwenError, AttributeError, TypeError) as error:
-        raise BadSample(f"tools: {error}") from error
+        raise BadSample(f"tools: {error}", BAD_TOOLS) from error
     questions = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
     conversations = []
     for question, end in zip(questions, [*questions[1:], len(turns)], strict=True):
@@ -42,7 +37,8 @@ def render_questions(turns: list[dict[str, Any]], tools: Any) -> list[tuple[Mess
         try:
             rendered = render_messages([_as_openai(turn) for turn in hidden], read)
         except QwenError as error:
-            raise BadSample(re.sub(r"messages\[(\d+)\]", lambda m: f"turn {int(m[1]) + 1}", str(error))) from error
+            reason = re.sub(r"messages\[(\d+)\]", lambda m: f"turn {int(m[1]) + 1}", str(error))
+            raise BadSample(reason, "a malformed call of a tool") from error
         *before, last = [{**turn, "content": _show_results(turn["content"], results)} for turn in rendered]
         messages = [Message(turn["role"], _nfc(turn["content"]), train=False) for turn in before]
         if last["role"] == "assistant":
@@ -57,10 +53,19 @@ def _tool_list(tools: Any) -> list[Any]:
         try:
             tools = json.loads(tools)
         except ValueError:
-            raise BadSample('"tools" is text that is not JSON') from None
+            raise BadSample('"tools" is text that is not JSON', BAD_TOOLS) from None
     if tools is not None and not isinstance(tools, list):
-        raise BadSample('"tools" is not a list of tools')
+        raise BadSample('"tools" is not a list of tools', BAD_TOOLS)
     return tools or []
+
+
+def _clean(value: Any, notes: Notes) -> Any:
+    """The same JSON value with all its texts checked."""
+    if isinstance(value, dict):
+        return {clean_text(key, "tools"): _clean(item, notes) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item, notes) for item in value]
+    return clean_text(value, "tools", notes) if isinstance(value, str) else value
 
 
 def _as_openai(turn: dict[str, Any]) -> dict[str, Any]:
