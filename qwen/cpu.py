@@ -1,4 +1,4 @@
-"""Run the decoder on a CPU at the speed of its memory: binds cpu_kernels.cpp and decides when it can stand in.
+"""Run the decoder on a CPU at the speed of its memory: binds kernels/decoder.cpp and decides when it can stand in.
 
 The source is compiled once, for this very processor, with the system's C++ compiler (some seconds). Without a compiler,
 or where a model has been changed in ways the kernels don't know (adapters, hooks, other precisions), PyTorch's own
@@ -30,12 +30,14 @@ from .int4 import Int4Linear
 from .loss import LMHead
 from .paths import user_cache_dir
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+SOURCE = Path(__file__).with_name("kernels") / "decoder.cpp"
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+TARGETS = {"generic": None, "v3": "x86-64-v3", "v4": "x86-64-v4", "native": "native"}  # by level of hardware.py: -march
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-INT4 = 2
-INT4_ROWS = 8  # rows that the int4 kernel works on side by side
-BLOCK = 32  # columns that share an activation scale in it
+INT4, NATIVE_BF16 = 2, 3
+INT4_ROWS = 16  # rows that lie side by side for the int4 kernel
+BLOCK = 32  # columns that share an activation scale in it, and a multiple of all vectors
+MAX_HEAD_DIM = 1024
 
 
 class _Matrix(Structure):
@@ -68,37 +70,46 @@ class _Step(Structure):
 # ---- building ----
 
 
-@cache
 def load_kernels() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with one warning that says why, where they can't be had."""
-    if hardware().kernels == "off":
-        return None
+    """The compiled kernels of the hardware's level; None, with one warning that says why, where they can't be had."""
+    level = hardware().kernels
+    return None if level == "off" else _load(level)
+
+
+@cache
+def _load(level: str) -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform == "win32" or compiler is None:
         warnings.warn("no C++ compiler found (g++): CPU replies use PyTorch's operations, 2 to 4 times slower",
-                      stacklevel=3)  # fmt: skip
+                      stacklevel=4)  # fmt: skip
+        return None
+    if not SOURCE.exists():  # this code came with a checkpoint
+        warnings.warn(f"{SOURCE} is not there: CPU replies use PyTorch's operations, 2 to 4 times slower", stacklevel=4)
         return None
     try:
-        kernels = ctypes.CDLL(str(_compiled(compiler)))
+        kernels = ctypes.CDLL(str(_compiled(compiler, level)))
     except (OSError, subprocess.SubprocessError, QwenError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         warnings.warn(f"the CPU kernels don't compile here ({reason.strip().splitlines()[0]}): CPU replies use "
-                      "PyTorch's operations, 2 to 4 times slower", stacklevel=3)  # fmt: skip
+                      "PyTorch's operations, 2 to 4 times slower", stacklevel=4)  # fmt: skip
         return None
     kernels.qwen_decode.argtypes = [POINTER(_Decoder), POINTER(_Step), c_void_p]
     kernels.qwen_linear.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p, c_int32]
     return kernels
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: str, level: str) -> Path:
     """The shared library of the source for this processor, compiled if it is not there yet."""
-    key = hashlib.sha256(f"{SOURCE.read_text()} {compiler} {FLAGS} {machine_key()}".encode()).hexdigest()[:16]
+    target = TARGETS[level]
+    flags = FLAGS if target is None else [*FLAGS, f"-march={target}"]
+    source = "".join(file.read_text() for file in sorted(SOURCE.parent.iterdir()))
+    key = hashlib.sha256(f"{source} {compiler} {flags} {machine_key()}".encode()).hexdigest()[:16]
     library = user_cache_dir() / "kernels" / f"cpu-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+            command = [compiler, *flags, str(SOURCE), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             built.replace(library)  # at once: another process may be building it too
     return library
@@ -183,6 +194,7 @@ class CpuDecoder:
         """`linear(hidden)`; by the kernels if they know its weights, and then in float32."""
         rows = hidden.numel() // hidden.shape[-1]
         known = type(linear) in (nn.Linear, LMHead) and linear.weight.dtype == hidden.dtype and hidden.dtype in KINDS
+        known = known and linear.weight.is_contiguous() and hidden.shape[-1] % BLOCK == 0
         if torch.is_grad_enabled() or not known or hidden.device.type != "cpu" or not rows or _hooked(linear):
             return linear(hidden)
         alive: list[Tensor] = []
@@ -213,11 +225,10 @@ class CpuDecoder:
     def _weights_are_known(self, dtype: torch.dtype) -> bool:
         """Whether all modules are of the kinds that the kernels compute; describes them anew where they changed."""
         num_layers = self.config.num_hidden_layers  # early-exit assistants lower it
-        described_for = (num_layers, dtype, self.config.attention_windows)
+        described_for = (num_layers, dtype, self.config.attention_windows, hardware())
         if self.watch is None or self.described_for != described_for or self.watch.sees_change():
             self.watch, self.described_for = Watch([*self.layers, self.ln_f]), described_for
-            lanes = self.kernels.qwen_lanes()
-            self.known = not self.watch.hooked and all(_is_known(block, dtype, lanes) for block in self.layers)
+            self.known = not self.watch.hooked and all(_is_known(block, dtype) for block in self.layers)
             if self.known:
                 self._describe(num_layers, dtype)
         return self.known
@@ -282,22 +293,17 @@ class Watch:
         )
 
 
-def _is_known(block: nn.Module, dtype: torch.dtype, lanes: int) -> bool:
+def _is_known(block: nn.Module, dtype: torch.dtype) -> bool:
     linears = [block.attn.c_attn, block.attn.c_proj, block.mlp.w1, block.mlp.w2, block.mlp.c_proj]
     if len({type(linear) for linear in linears}) > 1:
         return False
-    widths = [block.attn.head_dim, *(linear.in_features for linear in linears)]
-    if any(width % (2 * lanes) for width in widths):  # whole vectors only
+    if block.attn.head_dim % 16 or block.attn.head_dim > MAX_HEAD_DIM:  # whole vectors only
+        return False
+    if any(linear.in_features % BLOCK or linear.out_features % INT4_ROWS for linear in linears):
         return False
     if type(linears[0]) is nn.Linear:
         return all(linear.weight.dtype == dtype and linear.weight.is_contiguous() for linear in linears)
-    return all(
-        type(linear) is Int4Linear
-        and linear.bits == 4
-        and linear.group_size % BLOCK == 0
-        and linear.out_features % INT4_ROWS == 0
-        for linear in linears
-    )
+    return all(type(linear) is Int4Linear and linear.bits == 4 and linear.group_size % BLOCK == 0 for linear in linears)
 
 
 def _float32(tensor: Tensor, alive: list[Tensor]) -> int:
@@ -315,10 +321,11 @@ def _describe(linear: nn.Module, alive: list[Tensor]) -> _Matrix:
                        linear.group_size)  # fmt: skip
     weight = linear.weight.detach()
     alive.append(weight)
-    return _Matrix(weight.data_ptr(), None, bias, KINDS[weight.dtype], linear.out_features, linear.in_features, 0)
+    kind = NATIVE_BF16 if weight.dtype == torch.bfloat16 and hardware().bf16 else KINDS[weight.dtype]
+    return _Matrix(weight.data_ptr(), None, bias, kind, linear.out_features, linear.in_features, 0)
 
 
 def _side_by_side(columns: Tensor) -> Tensor:
-    """(n, rows) to (rows / 8, n, 8): what 8 rows of a product read lies together."""
+    """(n, rows) to (rows / 16, n, 16): what 16 rows of a product read lies together."""
     n, rows = columns.shape
     return columns.view(n, rows // INT4_ROWS, INT4_ROWS).transpose(0, 1).contiguous()

@@ -14,15 +14,14 @@ import golden
 import qwen.cpu
 from golden import TOLERANCE, difference, left_pad
 from qwen import QWenLMHeadModel
-from qwen.cache import GrowingLayer, let_grow
+from qwen.cache import GrowingLayer, JointCache, let_grow
+from qwen.hardware import VARIABLE, kernel_levels
 from qwen.int4 import Int4Linear, pack_words
 
 
 def with_kernels(dtype: torch.dtype = torch.float32, **changes: object) -> QWenLMHeadModel:
     model = golden.model(**changes).to(dtype)
     assert model.use_cpu_kernels(), "no C++ compiler here"
-    if model.config.kv_channels % (2 * qwen.cpu.load_kernels().qwen_lanes()):
-        pytest.skip("this processor's vectors are wider than the heads of the golden model")
     return model
 
 
@@ -150,6 +149,78 @@ def test_int4_against_its_dequantised_weights(group_size: int, monkeypatch: pyte
     assert counts == [140, 5, 1]
 
 
+# ---- every row as if it were alone ----
+
+PROCESSORS = [f"kernels={level},bf16={bf16}" for level in kernel_levels() for bf16 in ("on", "off")]
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture(params=["fp32", "bf16", "int4", "int4 in bf16", "windows"])
+def any_model(request: pytest.FixtureRequest, processor: str) -> QWenLMHeadModel:
+    changes = {"local_attn": [20, 40, 1000]} if request.param == "windows" else {}
+    dtype = torch.bfloat16 if "bf16" in request.param else torch.float32
+    model = with_kernels(dtype, use_dynamic_ntk=False, **changes)
+    return int4_copy(model, 32) if "int4" in request.param else model
+
+
+@torch.inference_mode()
+def by_chunks(model: QWenLMHeadModel, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Logits (T, V) of one row, read in chunks of these sizes."""
+    cache = DynamicCache()
+    chunks = ids.split(sizes, dim=1)
+    return torch.cat([model(chunk, past_key_values=cache, use_cache=True).logits[0] for chunk in chunks])
+
+
+@torch.inference_mode()
+def test_a_row_gives_the_same_bits_in_any_company(
+    any_model: QWenLMHeadModel, monkeypatch: pytest.MonkeyPatch, four_threads: None
+) -> None:
+    model, counts = any_model, spy(any_model, monkeypatch)
+    rows = [golden.ids(length, length) for length in (150, 66, 7, 131, 65)]
+    torch.set_num_threads(1)
+    alone = [by_chunks(model, row, [row.shape[1]]) for row in rows]
+    assert all(logits.dtype == torch.float32 for logits in alone)
+    torch.set_num_threads(4)
+
+    for sizes in ([64, 64, 22], [1, 63, 85, 1], [50] * 3, [1] * 3 + [9] * 16 + [3]):
+        assert torch.equal(by_chunks(model, rows[0], sizes), alone[0])
+
+    ids, mask = left_pad(rows)
+    for expected, logits in zip(alone, model(ids, attention_mask=mask).logits, strict=True):
+        assert torch.equal(logits[-len(expected) :], expected)
+
+    caches = [DynamicCache() for _ in rows]
+    for row, cache in zip(rows, caches, strict=True):
+        model(row[:, :-4], past_key_values=cache, use_cache=True)
+    for step in range(-4, 0):
+        logits = model(
+            torch.cat([row[:, step : step + 1 or None] for row in rows]),
+            position_ids=torch.tensor([[row.shape[1] + step] for row in rows]),
+            past_key_values=JointCache(caches),
+            use_cache=True,
+        ).logits
+        assert torch.equal(logits[:, 0], torch.stack([expected[step] for expected in alone]))
+    assert len(counts) == 5 + 3 + 4 + 3 + 20 + 1 + 5 + 4, "all of it in the kernels"
+
+
+@torch.inference_mode()
+def test_every_level_and_type_is_near_float32(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = golden.ids(90)
+    model = with_kernels()
+    counts = spy(model, monkeypatch)
+    assert (model(ids).logits - golden.model()(ids).logits).abs().max() < TOLERANCE
+    rounded = golden.model().bfloat16()
+    exact, theirs = copy.deepcopy(rounded).float()(ids).logits, rounded(ids).logits
+    ours = with_kernels(torch.bfloat16)(ids).logits
+    assert (ours - exact).norm() < (theirs - exact).norm()
+    assert counts == [90, 90]
+
+
 # ---- when it steps aside ----
 
 
@@ -202,7 +273,7 @@ def test_without_a_compiler_one_warning_and_pytorch(monkeypatch: pytest.MonkeyPa
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    qwen.cpu.load_kernels.cache_clear()
+    qwen.cpu._load.cache_clear()
     try:
         model = golden.model()
         with pytest.warns(UserWarning, match="don't compile here .no such target.*PyTorch's"):
@@ -216,7 +287,7 @@ def test_without_a_compiler_one_warning_and_pytorch(monkeypatch: pytest.MonkeyPa
             )
         assert not list(tmp_path.rglob("*.so"))
     finally:
-        qwen.cpu.load_kernels.cache_clear()
+        qwen.cpu._load.cache_clear()
 
 
 # ---- the cache ----
