@@ -85,8 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             cell = cells[target.name, count] = asyncio.run(measure(target, count, max(args.requests, 2 * count)))
             tqdm.write(table_row(target.name, count, cell))
     finally:
-        for target in servers:
-            stop(target)
+        stop(*servers)
     for count in args.clients:
         own = cells[servers[0].name, count].speed
         ratios = [f"{own / cells[other.name, count].speed:.2f}x {other.name}" for other in servers[1:]]

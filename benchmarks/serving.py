@@ -83,17 +83,15 @@ def wait_for(target: Target) -> None:
     raise QwenError(f"{target.name} {what} before it served port {target.port}: {shlex.join(target.command)}")
 
 
-def stop(target: Target) -> None:
-    """End a server, by force if it takes long."""
-    if target.process is None:
-        return
-    target.process.terminate()
-    try:
-        target.process.wait(10)
-    except subprocess.TimeoutExpired:
-        target.process.kill()
-        target.process.wait()
-    target.process = None
+def stop(*targets: Target) -> None:
+    """End servers at once: nothing of theirs is kept, and a second Ctrl-C must find none still running."""
+    for target in targets:
+        if target.process is not None:
+            target.process.kill()
+    for target in targets:
+        if target.process is not None:
+            target.process.wait()
+            target.process = None
 
 
 def own_server(name: str, port: int, max_batch: int, flags: Sequence[str], watched: bool = False) -> Target:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -100,20 +101,22 @@ def test_a_wrong_path_leaves_no_traceback() -> None:
     assert done.stderr.startswith("bench_cpu.py: error: --llama-server /no/such") and done.stderr.count("\n") == 1
 
 
-def test_ctrl_c_ends_the_servers_and_shows_what_there_is(tiny: Path, tmp_path: Path) -> None:
+def test_ctrl_c_twice_ends_the_servers_and_shows_what_there_is(tiny: Path, tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    command = [sys.executable, str(SCRIPT), "--quick", "-c", str(tiny), "-o", str(output)]
+    command = [sys.executable, str(SCRIPT), "--quick", "-c", str(tiny), "-o", str(output), "--clients", "1", "32"]
     with subprocess.Popen(
         [*command, "--work-dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        for part in iter(lambda: process.stderr.read(8), ""):
-            if output.is_file() and len(json.loads(output.read_text())["runs"]) >= 2:
+        while process.stderr.read(8):
+            if output.is_file() and any(run["row"] == "serving" for run in json.loads(output.read_text())["runs"]):
                 break
-            assert part is not None
+        servers = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
         shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "interrupted." in shown and "| decode bf16 (tok/s) |" in shown
+    assert "interrupted." in shown and "| serving 1 client (tok/s) |" in shown
+    assert servers and not any(server.is_running() for server in servers)
 
 
 def test_a_server_that_ends_is_told_with_its_status(tmp_path: Path) -> None:
