@@ -12,6 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from profiling.ceilings import synchronize
 from qwen.hardware import num_threads, processor_name
 
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
+
 
 class Stopwatch(BaseStreamer):
     """Notes when `generate` hands over each token; the first thing it hands over is the prompt."""
@@ -39,8 +41,14 @@ def random_ids(count: int, vocabulary: int) -> list[int]:
 
 
 @torch.inference_mode()
-def time_generation(model: Any, prompt: list[int], new_tokens: int, **settings: Any) -> dict[str, Any]:
-    """Greedy generation of exactly `new_tokens`: seconds to the first token, seconds of all others, and the tokens."""
+def time_generation(
+    model: Any, prompt: list[int], new_tokens: int, sample: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Generation of exactly `new_tokens`: seconds to the first token, seconds of all others, and the tokens.
+
+    Args:
+        sample: draw tokens with the checkpoint's own settings; otherwise each is the likeliest.
+    """
     input_ids = torch.tensor([prompt], device=model.device)
     watch = Stopwatch()
     synchronize(input_ids.device)
@@ -49,11 +57,7 @@ def time_generation(model: Any, prompt: list[int], new_tokens: int, **settings: 
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         streamer=watch,
-        do_sample=False,
-        repetition_penalty=1.0,
-        temperature=None,
-        top_p=None,
-        top_k=None,
+        **({"do_sample": True} if sample else GREEDY),
         eos_token_id=model.config.vocab_size,  # no token: the length is fixed
         max_new_tokens=new_tokens,
         **settings,
