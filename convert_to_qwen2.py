@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from hub import HUBS
+from qwen import QWenTokenizer
 from qwen.chatml import complete_eos_ids
 from qwen.checkpoint import check_weight_files, list_weight_files, read_json
 from qwen.errors import QwenError
@@ -75,7 +76,7 @@ def convert(source: Path, target: Path, shard_bytes: float) -> None:
     check_loadable(source)
     check_weight_files(source)
     settings = qwen2_settings(load_config(source))
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = QWenTokenizer.from_pretrained(source)
     generation = read_json(path) if (path := source / "generation_config.json").is_file() else {}
     is_chat = generation.get("chat_format") == "chatml"
     save_fast_tokenizer(tokenizer, target, chat=is_chat, max_length=settings["max_position_embeddings"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
 from demo_checkpoint import ensure_demo_checkpoint
@@ -159,7 +159,7 @@ def load_tokenizer(directory: Path, settings: Settings) -> QWenTokenizer:
     if longest > config.seq_length:
         print(f"--model_max_length {longest} is more than this model's training length {config.seq_length}: longer "
               "samples teach it positions it has never seen.", file=sys.stderr)  # fmt: skip
-    return AutoTokenizer.from_pretrained(directory)
+    return QWenTokenizer.from_pretrained(directory)
 
 
 def make_dataset(
@@ -244,13 +244,13 @@ def check_data(settings: Settings) -> int:
     if not notes.samples:
         check_notes(notes, [path])
     if name == "demo" or Path(name).is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(name))
+        tokenizer = QWenTokenizer.from_pretrained(find_checkpoint(name))
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=settings.model.revision)
+            tokenizer = QWenTokenizer.from_pretrained(name, revision=settings.model.revision)
         except OSError:
             print(f"The vocabulary of {name} is not to be had: counting with the demo model's.", file=sys.stderr)
-            tokenizer = AutoTokenizer.from_pretrained(ensure_demo_checkpoint())
+            tokenizer = QWenTokenizer.from_pretrained(ensure_demo_checkpoint())
     samples = tokenize(conversations, tokenizer, settings.data.model_max_length, settings.data.loss_on)
     print_report(path, conversations, samples, tokenizer, settings.data, notes)
     return 0 if len(samples) and (settings.data.skip_bad_samples or not notes.bad) else 1

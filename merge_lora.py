@@ -4,14 +4,17 @@ python merge_lora.py -c output -o my-qwen
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from qwen.checkpoint import check_architecture, read_json
 from qwen.errors import QwenError
-from utils import DTYPES, find_checkpoint, load_config, load_model_and_tokenizer, run_script
+from qwen.paths import new_directory
+from utils import DTYPES, check_adapter_base, find_checkpoint, load_config, load_model_and_tokenizer, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     adapter = args.checkpoint_path
     settings = read_json(adapter / "adapter_config.json")
-    if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
-        raise QwenError(f"{args.output} exists and is not empty: give another directory, or delete it")
+    check_mergeable(adapter, settings)
+    check_shard_size(args.max_shard_size)
     base = find_base(adapter, settings, args.base)
     dtype = load_config(base).dtype if args.dtype == "auto" else DTYPES[args.dtype]
     try:
@@ -41,14 +44,31 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         raise QwenError("merging needs the package peft: pip install -r requirements_finetune.txt") from None
     # In float32, rounded once at the end: as close to base plus adapter as the saved precision can be.
-    model, tokenizer = load_model_and_tokenizer(base, device="cpu", dtype="fp32")
-    model, tokenizer = load_adapter(adapter, model, tokenizer, str(base))
-    print(f"Merging {adapter} into {base} ...", file=sys.stderr)
-    merged = model.merge_and_unload(safe_merge=True, progressbar=sys.stderr.isatty())
-    merged.to(dtype or torch.float32).save_pretrained(args.output, max_shard_size=args.max_shard_size)
-    tokenizer.save_pretrained(args.output)
+    try:
+        with new_directory(args.output) as made:  # before the weights are loaded: it may not be writable
+            model, tokenizer = load_model_and_tokenizer(base, device="cpu", dtype="fp32")
+            model, tokenizer = load_adapter(adapter, model, tokenizer, str(base))
+            print(f"Merging {adapter} into {base} ...", file=sys.stderr)
+            merged = model.merge_and_unload(safe_merge=True, progressbar=sys.stderr.isatty())
+            merged.to(dtype or torch.float32).save_pretrained(made, max_shard_size=args.max_shard_size)
+            tokenizer.save_pretrained(made)
+    except SafetensorError as error:
+        raise QwenError(f"{args.output} can't be written ({error}): free some space, then merge again") from error
     size = sum(path.stat().st_size for path in args.output.iterdir()) / 2**30
     print(f"Saved in {args.output} ({size:.2f} GiB).\npython cli_demo.py -c {args.output}")
+
+
+def check_mergeable(adapter: Path, settings: dict) -> None:
+    """QwenError for an adapter that changes no weights: prompts that were learned stay beside the model."""
+    kind = settings.get("peft_type")
+    if kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "ADAPTION_PROMPT"):
+        raise QwenError(f"{adapter} is of the kind {kind}, which can't be merged into weights: load it as an adapter")
+
+
+def check_shard_size(size: str) -> None:
+    """QwenError unless transformers understands the size."""
+    if not re.fullmatch(r"[1-9]\d*([KMGT]i?B)?", size, re.IGNORECASE):
+        raise QwenError(f"--max-shard-size {size}: give a size such as 5GB or 500MB")
 
 
 def find_base(adapter: Path, settings: dict, given: str | None) -> Path:
@@ -57,6 +77,7 @@ def find_base(adapter: Path, settings: dict, given: str | None) -> Path:
     if not name:
         raise QwenError(f"{adapter / 'adapter_config.json'} names no base model: give it with --base")
     base = find_checkpoint(name, revision=None if given else settings.get("revision"))
+    check_adapter_base(adapter, str(base))
     if check_architecture(base).get("quantization_config"):
         raise QwenError(
             f"{name} is quantised, and nothing can be merged into rounded weights: give the unquantised one, such "

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from demo_checkpoint import ensure_demo_checkpoint
 from hub import HUBS, fetch_checkpoint
@@ -152,7 +151,7 @@ def load_model_and_tokenizer(
     check_loadable(directory)
     config = load_config(directory)
     # Before the weights: a missing vocabulary should not cost minutes.
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = QWenTokenizer.from_pretrained(directory)
     if num_gpus is not None:
         placement: Any = gpu_device_map(num_gpus, config, available=torch.cuda.device_count())
         dtype = choose_dtype("cuda", dtype)
@@ -163,9 +162,7 @@ def load_model_and_tokenizer(
     try:
         if tp is not None:
             return load_parallel(directory, config, tp, dtype, attn), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map=placement, attn_implementation=attn
-        )
+        model = QWenLMHeadModel.from_pretrained(directory, dtype=dtype, device_map=placement, attn_implementation=attn)
         if placement == {"": "cpu"}:
             model.use_cpu_kernels()
     except ImportError as error:  # names the package that the attention implementation needs
@@ -198,7 +195,7 @@ def load_model_for_training(
     load_config(directory)
     more = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = QWenLMHeadModel.from_pretrained(
             directory, dtype=dtype, device_map=placement, attn_implementation=attn, **more
         )
     except ImportError as error:
@@ -214,7 +211,7 @@ def load_model_for_training(
 def load_config(directory: Path) -> QWenConfig:
     """The config of a checkpoint directory; QwenError if a value in it is impossible."""
     try:
-        return AutoConfig.from_pretrained(directory)
+        return QWenConfig.from_pretrained(directory)
     except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise QwenError(f"{directory / 'config.json'} has a value that can't be used: {reason}") from error
@@ -257,16 +254,34 @@ def _load_adapter(
         raise QwenError(f"{directory} is a PEFT adapter: pip install peft to load it") from None
     settings = read_json(directory / "adapter_config.json")
     base = settings.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise QwenError(f"{directory / 'adapter_config.json'} names no base model: set base_model_name_or_path in it")
+    check_adapter_base(directory, base)
     dtype = choose_dtype("cuda" if num_gpus else choose_device(device), dtype, plain=False)
     try:
         model, tokenizer = load_model_and_tokenizer(
             base, device, dtype, attn, hub, revision=settings.get("revision"), num_gpus=num_gpus
         )
     except QwenError as error:
-        raise QwenError(f"the base model of adapter {directory} does not load: {error}") from error
+        raise QwenError(
+            f"the base model of adapter {directory} does not load: {error}; where it is now can be set as "
+            "base_model_name_or_path in adapter_config.json"
+        ) from error
     return load_adapter(directory, model, tokenizer, base)
+
+
+def check_adapter_base(directory: Path, base: str) -> None:
+    """QwenError if an adapter's base is an adapter too, whose part would be lost, or is the adapter itself."""
+    if Path(base).is_dir() and Path(base).resolve() == directory.resolve():
+        raise QwenError(
+            f"the adapter {directory} names itself as its base model: set base_model_name_or_path in its "
+            "adapter_config.json to the checkpoint that it was trained on"
+        )
+    if (Path(base) / "adapter_config.json").is_file():
+        raise QwenError(
+            f"the base {base} of adapter {directory} is an adapter too: merge that one first (merge_lora.py), and name "
+            "the result as base_model_name_or_path in adapter_config.json"
+        )
 
 
 # ---- precision and place ----

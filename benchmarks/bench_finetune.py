@@ -99,7 +99,6 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 def make_model(args: argparse.Namespace, attn: str) -> tuple[Any, Any]:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer
 
     directory = find_checkpoint(args.checkpoint_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +106,9 @@ def make_model(args: argparse.Namespace, attn: str) -> tuple[Any, Any]:
     if not args.full:
         config = LoraConfig(r=16, target_modules=["c_attn", "c_proj", "w1", "w2"], task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
-    return model.train(), AutoTokenizer.from_pretrained(directory)
+    from qwen import QWenTokenizer
+
+    return model.train(), QWenTokenizer.from_pretrained(directory)
 
 
 def make_step(model: Any, **kwargs: Any) -> Callable[[dict[str, Any]], None]:

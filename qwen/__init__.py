@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from .configuration_qwen import QWenConfig
 from .errors import QwenError
+from .gate import guard_auto_classes
 from .modeling_qwen import QWenLMHeadModel, QWenModel
 from .tokenization_qwen import QWenTokenizer
 
@@ -35,3 +36,4 @@ AutoConfig.register("qwen", QWenConfig, exist_ok=True)
 AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
 AutoTokenizer.register(_TokenizerByNameOnly, QWenTokenizer, exist_ok=True)
+guard_auto_classes()

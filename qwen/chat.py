@@ -16,6 +16,7 @@ from transformers.generation import EosTokenCriteria, LogitsProcessor, StoppingC
 
 from .chatml import DEFAULT_SYSTEM, DEFAULT_WINDOW, Prompt, Turn, build_prompt, make_context, stop_sequences
 from .errors import QwenError
+from .history import check_history
 from .reply import Reply, ReplyDecoder, StopWord
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ class ChatMixin:
         [reply] = self.chat_batch(
             tokenizer, [query], [history or []], system, stop_words_ids, generation_config, **kwargs
         )
-        past = [(q, r) for q, r in history or []]
+        _, past = check_history(history)
         return reply, [*past, (query, str(reply))] if append_history else past
 
     def chat_stream(
@@ -309,6 +310,8 @@ class ChatMixin:
         **kwargs: Any,
     ) -> list[Reply]:
         """Replies to several queries in one left-padded batch: greedily, what `chat` gives to each alone."""
+        if isinstance(queries, str):
+            raise QwenError("queries is a text: chat_batch() takes a list of them, chat() takes one")
         if not queries:
             return []
         config = reply_config(self, generation_config, kwargs)

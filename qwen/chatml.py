@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import QwenError
+from .history import check_history, check_text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -102,19 +103,27 @@ def build_prompt(
     tokenizer: "QWenTokenizer",
     query: str,
     history: Sequence[Turn] | None = None,
-    system: str = DEFAULT_SYSTEM,
+    system: str | None = DEFAULT_SYSTEM,
     max_window_size: int = DEFAULT_WINDOW,
     chat_format: str = "chatml",
 ) -> Prompt:
     """The prompt for `query`: the history is cut to the window, the query never is.
 
-    `chat_format` "raw" (base models) is the query alone.
+    `chat_format` "raw" (base models) is the query alone. A history of messages may begin with a system message, which
+    holds where `system` is the default; None stands for the default.
+
+    Raises:
+        QwenError: query or history is of another shape.
     """
+    check_text(query, "query")
+    own_system, history = check_history(history)
+    system = check_text(DEFAULT_SYSTEM if system is None else system, "system")
+    if own_system is not None and system == DEFAULT_SYSTEM:
+        system = own_system
     if chat_format == "raw":
         return Prompt(query, tokenizer.encode_text(query), dropped_turns=0)
     if chat_format != "chatml":
         raise QwenError(f'chat_format is {chat_format!r}: use "chatml" (chat models) or "raw" (base models)')
-    history = history or []
     newline = tokenizer.encode_text("\n")
     kept = history_window(tokenizer, history, system, max_window_size)
     ids = encode_block(tokenizer, "system", system)
@@ -158,5 +167,9 @@ def complete_eos_ids(generation_config: "GenerationConfig") -> None:
     Official chat checkpoints name only <|endoftext|> there; <|im_start|> and <|im_end|> are the two ids after it.
     """
     eod_id = generation_config.eos_token_id
+    if eod_id is None:  # official files name it as the padding as well
+        eod_id = generation_config.pad_token_id
+    if isinstance(eod_id, list) and len(eod_id) == 1:
+        [eod_id] = eod_id
     if getattr(generation_config, "chat_format", None) == "chatml" and isinstance(eod_id, int):
         generation_config.eos_token_id = [eod_id + 2, eod_id, eod_id + 1]

@@ -10,11 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from .errors import QwenError
+from .settings import check_settings
 
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference; each may have an index instead
 PULL = "run `git lfs install && git lfs pull` in the clone"
 FETCH_AGAIN = "download it again, for example with `hf download Qwen/Qwen-7B-Chat --local-dir DIR`"
+
+
+CODE_KEYWORDS = ("trust_remote_code", "code_revision", "custom_generate")  # these let a checkpoint's code run
+OTHER_MODELS = {  # what shares Qwen-7B's model_type, by a field of config.json that only it has
+    "visual": "Qwen-VL, which also reads images; only its text part would load, so vLLM or the publisher's code",
+    "audio": "Qwen-Audio, which also hears; only its text part would load, so vLLM or the publisher's code",
+}
+LATER_MODELS = ("qwen2", "qwen3", "qwen4")  # beginnings of the model types of the publisher's later generations
+
+
+def without_code(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` without those that let a checkpoint's code run."""
+    return {name: value for name, value in kwargs.items() if name not in CODE_KEYWORDS}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,14 +50,31 @@ def check_architecture(directory: str | os.PathLike) -> dict[str, Any]:
     config = read_json(path)
     for name in ("generation_config.json", "tokenizer_config.json"):
         if path.with_name(name).exists():
-            read_json(path.with_name(name))
+            settings = read_json(path.with_name(name))
+            if name == "generation_config.json":
+                check_settings(settings, str(path.with_name(name)))
+    check_model_type(config, str(path))
+    return config
+
+
+def check_model_type(config: dict[str, Any], path: str) -> None:
+    """QwenError if the content of a config.json is of another model than Qwen-7B and its kin."""
     model_type = config.get("model_type", "nothing")
+    if model_type == "qwen":
+        for field, model in OTHER_MODELS.items():
+            if config.get(field):
+                raise QwenError(f"{path} is of {model} must run it: give a text-only checkpoint here")
+        return
+    if str(model_type).startswith(LATER_MODELS):
+        raise QwenError(
+            f"{path} says model_type {model_type!r}, a later generation of Qwen with another architecture: load it "
+            "with transformers directly, or serve it with vLLM or SGLang"
+        )
     if model_type != "qwen":
         raise QwenError(
             f'{path} says model_type {model_type!r}, and only "qwen" (Qwen-7B, Qwen-7B-Chat and their kin) runs here: '
             "give another path, or load this one with transformers directly"
         )
-    return config
 
 
 def check_vocabulary(path: str | os.PathLike) -> None:
@@ -71,6 +102,7 @@ def check_weight_files(directory: str | os.PathLike, load_kwargs: dict[str, Any]
     check_architecture(directory)
     for path in list_weight_files(directory):
         check_weight_file(path)
+        check_tensor_names(path)
 
 
 def list_weight_files(directory: Path) -> list[Path]:
@@ -102,6 +134,23 @@ def check_weight_file(path: Path) -> None:
             raise QwenError(f"{path} is damaged: {size:,} bytes of {expected:,}; {FETCH_AGAIN}")
     elif not zipfile.is_zipfile(path) and not head.startswith(b"\x80"):  # neither a zip's end nor an old pickle's head
         raise QwenError(f"{path} is damaged ({size:,} bytes, no complete PyTorch file): {FETCH_AGAIN}")
+
+
+def check_tensor_names(path: Path) -> None:
+    """QwenError if a safetensors file holds parts of another model, or of an adapter's wrapper."""
+    if path.suffix != ".safetensors":
+        return
+    with path.open("rb") as file:
+        names = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    for name in names:
+        for part, model in OTHER_MODELS.items():
+            if name.startswith(f"transformer.{part}."):
+                raise QwenError(f"{path} has the tensor {name}: it is of {model} must run it")
+        if name.startswith("base_model.model.") or ".lora_A." in name:
+            raise QwenError(
+                f"{path} has the tensor {name}: it was saved with an adapter's wrapper around the model; save the "
+                "adapter alone, or what merge_and_unload() returns"
+            )
 
 
 def safetensors_size(path: Path) -> int:

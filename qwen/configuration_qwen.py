@@ -9,10 +9,15 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .checkpoint import check_model_type
+
 # The `quant_method`, in memory, of GPTQ checkpoints that PyTorch alone can run (int4.py). In config.json it is "gptq",
 # and when transformers reads that it asks for other packages.
 TORCH_GPTQ = "gptq_torch"
 GROUP_SIZES = (32, 64, 128, 256)
+CODE_FIELDS = (
+    "custom_pipelines",
+)  # of config.json: classes in the files of the checkpoint, which pipeline() would run
 
 
 def torch_reads(quantization: dict[str, Any]) -> bool:
@@ -112,6 +117,23 @@ class QWenConfig(PreTrainedConfig):
         quantization = getattr(self, "quantization_config", None)
         if isinstance(quantization, dict) and torch_reads(quantization):
             self.quantization_config = {**quantization, "quant_method": TORCH_GPTQ}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, from numbers of either JSON type, and without what names code of the checkpoint's.
+
+        Raises:
+            QwenError: the settings are of another model that shares this one's model_type (Qwen-VL, Qwen-Audio).
+        """
+        check_model_type({"model_type": cls.model_type, **config_dict}, str(kwargs.get("name_or_path", "config.json")))
+        config_dict = {name: value for name, value in config_dict.items() if name not in CODE_FIELDS}
+        for name, kind in cls.__annotations__.items():
+            value = config_dict.get(name)
+            if kind is float and type(value) is int:
+                config_dict[name] = float(value)
+            elif kind in (int, int | None) and type(value) is float and value.is_integer():
+                config_dict[name] = int(value)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return _with_published_method(super().to_dict())

@@ -18,6 +18,7 @@ from .chat import ChatMixin, FiniteLogits, StopSequences, light_criterion
 from .compiled import CompiledReplies
 from .errors import QwenError
 from .sampling import COLDEST, Sampler, Sampling, row_generators
+from .settings import check_stop_words_ids
 
 PREFILL_CHUNK = 1024  # tokens: as fast as a whole prompt, on CPUs and GPUs, and a long prompt needs no more memory
 WARPERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "watermarking_config")  # that only transformers has
@@ -59,6 +60,10 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
 
     compiled: CompiledReplies | None
 
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse `generate(custom_generate="a directory or repository")`; a function of the caller's is taken."""
+        raise QwenError("custom_generate names a directory or repository, whose code is never run: pass a function")
+
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -76,6 +81,7 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
         if stop_words_ids is None:
             stop_words_ids = getattr(generation_config or self.generation_config, "stop_words_ids", None)
         if stop_words_ids:
+            check_stop_words_ids(stop_words_ids, "generate()")
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopSequences(stop_words_ids)])
         generate = partial(
             super().generate, inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs

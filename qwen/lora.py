@@ -1,18 +1,21 @@
 """LoRA adapters: loading them, and putting them on Int4 layers. Imported only where peft is needed."""
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners import lora
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from .chatml import complete_eos_ids
+from .checkpoint import read_json
 from .errors import QwenError, first_line
 from .int4 import Int4Linear
+from .settings import prepare
 from .tokenization_qwen import VOCAB_FILE, QWenTokenizer
 
 
@@ -47,18 +50,61 @@ def load_adapter(
     Raises:
         QwenError: the adapter is damaged, or of another model than `base`, as the message calls it.
     """
+    check_adapter_config(directory)
     if (directory / VOCAB_FILE).is_file():
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = QWenTokenizer.from_pretrained(directory)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-        complete_eos_ids(model.generation_config)
+        prepare(model.generation_config, f"generation settings of {directory}")
     try:
         config = PeftConfig.from_pretrained(directory)
         if isinstance(config, LoraConfig):
             support_int4(config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it is leaving
-            return PeftModel.from_pretrained(model, directory, config=config).eval(), tokenizer
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # no weights, damaged, of another size
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said by check_adapter_keys
+            adapted = PeftModel.from_pretrained(model, directory, config=config).eval()
+            check_adapter_keys(directory, adapted, base)
+            return adapted, tokenizer
+    except QwenError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise QwenError(
+            f"the adapter {directory} holds more than tensors in its .bin file, which is not unpickled because that "
+            "could run code: save it as safetensors"
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # no weights, damaged, of another size
         reason = first_line(error)[:160]
         raise QwenError(f"the adapter {directory} does not fit onto {base} ({reason}): save it again") from error
+
+
+def check_adapter_config(directory: Path) -> dict[str, Any]:
+    """The adapter_config.json of a directory; QwenError where it is damaged, or would have peft import a module."""
+    path = directory / "adapter_config.json"
+    settings = read_json(path)
+    if not isinstance(settings.get("peft_type"), str):
+        raise QwenError(f"{path} has no peft_type: it is damaged, or no adapter of peft's; save the adapter again")
+    if settings.get("megatron_config"):
+        raise QwenError(f"{path} has a megatron_config, for which peft would import a module that the file names")
+    return settings
+
+
+def check_adapter_keys(directory: Path, adapted: PeftModel, base: str) -> None:
+    """QwenError unless the adapter's tensors are just those that belong onto this model: peft skips all others."""
+    stored = set(load_peft_weights(str(directory), device="cpu"))
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    tables = {f"base_model.model.{name}.weight" for name in ("transformer.wte", "lm_head")}  # saved along, if resized
+    missing, foreign = sorted(expected - stored), sorted(stored - expected - tables)
+    if missing or foreign:
+        raise QwenError(
+            f"the adapter {directory} does not fit onto {base}: {len(foreign)} of its {len(stored)} tensors belong to "
+            f"nothing there (the first: {(foreign or ['none'])[0]}), and {len(missing)} that the model takes are "
+            f"missing (the first: {(missing or ['none'])[0]}); give the adapter's own base model"
+        )

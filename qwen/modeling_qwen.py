@@ -10,11 +10,12 @@ prompts longer than the training length, logn scales late queries, and window at
 import math
 import os
 import warnings
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
@@ -27,14 +28,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import JointCache, let_grow
 from .chatml import complete_eos_ids
-from .checkpoint import check_loaded_keys, check_weight_files
+from .checkpoint import check_loaded_keys, check_weight_files, without_code
 from .compiled import CompiledReplies, warm_up
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
+from .errors import QwenError
 from .generation import QWenGenerationMixin
 from .int4 import check_layers  # importing it also tells transformers how to load Int4 checkpoints
 from .loss import LMHead
 from .push_code import push_code_to
+from .settings import prepare, saveable
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
 
@@ -228,6 +231,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             QwenError: a file of a local directory is missing, truncated or a git-lfs pointer, or weights are missing.
             ImportError: `attn_implementation` needs a package that is not installed; the message names it.
         """
+        kwargs = without_code(kwargs)
         check_weight_files(pretrained_model_name_or_path, kwargs)
         quantize_cache = kwargs.pop("use_cache_quantization", False)
         kwargs.pop("use_cache_kernel", None)  # the publisher's kernel for it
@@ -238,6 +242,11 @@ class QWenPreTrainedModel(PreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
+        except UnpicklingError as error:
+            raise QwenError(
+                f"{pretrained_model_name_or_path} holds more than tensors in a .bin file, which is not unpickled "
+                "because that could run code: take a copy of the checkpoint in safetensors"
+            ) from error
         except ImportError as error:
             # AutoModel hands it over on the config.
             attn = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
@@ -248,7 +257,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         check_loaded_keys(pretrained_model_name_or_path, info, accept_other_sizes)
         check_layers(model)
         if model.can_generate():
-            complete_eos_ids(model.generation_config)
+            prepare(model.generation_config, f"generation settings of {pretrained_model_name_or_path}")
             if quantize_cache or getattr(model.config, "use_cache_quantization", False):
                 model.generation_config.cache_implementation = "quantized"
                 model.generation_config.cache_config = dict(INT8_CACHE)
@@ -258,9 +267,14 @@ class QWenPreTrainedModel(PreTrainedModel):
         self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any
     ) -> None:
         """Write a checkpoint that loads here; `push_code` adds the model's code, to load it in plain transformers."""
-        if self.can_generate():
-            complete_eos_ids(self.generation_config)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        own = self.generation_config if self.can_generate() else None
+        try:
+            if own is not None:
+                self.generation_config = saveable(own)
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            if own is not None:
+                self.generation_config = own
         if push_code:
             push_code_to(save_directory)
 
@@ -438,6 +452,17 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The settings of `generate`; whatever is assigned gets ChatML's stop ids, which published files leave out."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        if config is not None:
+            complete_eos_ids(config)
+        self._generation_config = config
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)

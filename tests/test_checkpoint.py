@@ -255,7 +255,7 @@ BIN = "pytorch_model-00002-of-00002.bin"
         (
             "config.json",
             lambda p: p.write_text('{"model_type": "qwen2"}'),
-            "says model_type 'qwen2', and only \"qwen\"",
+            "says model_type 'qwen2', a later generation",
         ),
         ("config.json", lambda p: p.write_text("[]"), "config.json holds no JSON object"),
         ("config.json", changed(rotary_pct=0.25), "config.json has a value that can't be used: rotary_pct is 0.25"),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwen.loss import IGNORED
+from qwen.settings import saveable
 
 from .checkpoints import mark_complete, record_base, remove_old
 from .speed import Work
@@ -83,5 +84,5 @@ class QwenTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         directory = Path(output_dir or self.args.output_dir)
         if self.args.should_save and not isinstance(model, PreTrainedModel):  # an adapter
-            model.generation_config.save_pretrained(directory)
+            saveable(model.generation_config).save_pretrained(directory)
             record_base(directory, *self.base)
