@@ -100,7 +100,12 @@ def check_adapter_keys(directory: Path, adapted: PeftModel, base: str) -> None:
     """QwenError unless the adapter's tensors are just those that belong onto this model: peft skips all others."""
     stored = set(load_peft_weights(str(directory), device="cpu"))
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    tables = {f"base_model.model.{name}.weight" for name in ("transformer.wte", "lm_head")}  # saved along, if resized
+    # Tables are saved along if they were resized, or if an adapter lies on them.
+    tables = {
+        f"base_model.model.{name}{layer}.weight"
+        for name in ("transformer.wte", "lm_head")
+        for layer in ("", ".base_layer")
+    }
     missing, foreign = sorted(expected - stored), sorted(stored - expected - tables)
     if missing or foreign:
         raise QwenError(

@@ -153,7 +153,8 @@ def test_a_base_model_and_an_error(
     monkeypatch.setattr(sys, "stdin", io.StringIO("The capital of France is\n:load missing.json"))
     verbosity = logging.get_verbosity()
     try:
-        status = cli_demo.main(["-c", str(base), "--cpu-only"])
+        with pytest.warns(UserWarning, match="without do_sample temperature, top_p, top_k had no effect"):
+            status = cli_demo.main(["-c", str(base), "--cpu-only"])
     finally:
         logging.set_verbosity(verbosity)
     shown = capsys.readouterr()
