@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include "amx.h"
 #include "dense.h"
 #include "int4.h"
 #include "team.h"
@@ -15,6 +16,8 @@ struct Matrix {
     const float* bias;    // (rows) or null
     int32_t kind, rows, cols, group;
 };
+
+static inline bool in_tiles(int32_t kind) { return kind == NATIVE_BF16 && tiles_allowed(); }
 
 // Memory that begins at a cache line and is not cleared.
 template <class T>
@@ -31,13 +34,22 @@ struct Activations {
     Buffer<int8_t> q;
     Buffer<float> scale;
     Buffer<int32_t> start;
+    Buffer<uint16_t> tiles;  // where NATIVE_BF16 runs in tiles
     int T = 0, cols = 0;
 
     void resize(int tokens, int columns, int32_t kind) {
         T = tokens, cols = columns;
         const size_t size = (size_t)T * cols;
         values.resize(size);
-        if (kind == BFLOAT16 || kind == NATIVE_BF16) prepared.resize(size);
+        if (in_tiles(kind)) {
+            tiles.resize(tiles_size(T, cols));
+            if (T % TILE_TOKENS) {  // columns that no token has
+                const size_t last = tiles_size(TILE_TOKENS, cols);
+                memset(tiles.data() + tiles_size(T, cols) - last, 0, last * sizeof(uint16_t));
+            }
+        } else if (kind == BFLOAT16 || kind == NATIVE_BF16) {
+            prepared.resize(size);
+        }
         if (kind != INT4) return;
         q.resize(size), scale.resize(size / BLOCK), start.resize(size / BLOCK);
     }
@@ -51,7 +63,9 @@ struct Activations {
                 quantise(x + b * BLOCK, q.data() + place * BLOCK, scale.data() + place, start.data() + place);
             }
         if (kind == BFLOAT16) split_pairs(x, cols, prepared.data() + (size_t)t * cols);
-        if (kind == NATIVE_BF16) {  // as the sum of two bfloat16
+        if (in_tiles(kind)) {
+            fill_tiles(x, cols, t, tiles.data());
+        } else if (kind == NATIVE_BF16) {  // as the sum of two bfloat16
             float rounded[2 * W];
             for (int k = 0; k < cols; k += 2 * W) {
                 for (int i = 0; i < 2 * W; i++) {
@@ -94,7 +108,9 @@ static void multiply_rows(const Matrix& m, int from, int to, const Activations& 
     }
     const auto shifted = [&](int r, int t, const float* v, int count) { out(from + r, t, v, count); };
     const size_t cols = m.cols, begin = from * cols;
-    if (m.kind == FLOAT32)
+    if (in_tiles(m.kind))
+        tile_all((const bf16*)m.weight + begin, cols, to - from, x.tiles.data(), x.T, shifted);
+    else if (m.kind == FLOAT32)
         dot_all<Plain<float>>((const float*)m.weight + begin, cols, to - from, x.values.data(), cols, x.T, cols, shifted);
     else
         dot_all<Pairs>((const bf16*)m.weight + begin, cols, to - from, x.prepared.data(), cols, x.T, cols, shifted);
