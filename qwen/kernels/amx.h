@@ -18,6 +18,7 @@
 
 constexpr int TILE_TOKENS = 8;                    // that share a tile: 16 columns
 constexpr int TILE_ROWS = 16;                     // rows of weights
+constexpr int TALL = 4;                           // times TILE_ROWS are read at once for few tokens
 constexpr int TILE_COLUMNS = 32;                  // columns of weights
 constexpr int TILE_SIZE = TILE_ROWS * TILE_COLUMNS;  // bfloat16 values of weights, and of activations
 
@@ -28,14 +29,15 @@ static inline size_t tiles_size(int tokens, int cols) {
 
 static inline void fill_tiles(const float* x, int cols, int t, uint16_t* tiles) {
     tiles += (size_t)(t / TILE_TOKENS) * (cols / TILE_COLUMNS) * TILE_SIZE + 2 * (t % TILE_TOKENS);
-    for (int k = 0; k < cols; k += 2, tiles += 2 * TILE_ROWS) {
-        uint16_t pair[4];
-        for (int i = 0; i < 2; i++) {
-            const float rounded = round_to_bf16(x[k + i]);
-            pair[i] = bits_of(rounded) >> 16;
-            pair[2 + i] = bits_of(round_to_bf16(x[k + i] - rounded)) >> 16;
+    for (int k = 0; k < cols; k += TILE_COLUMNS, x += TILE_COLUMNS) {
+        uint16_t rounded[TILE_COLUMNS], left[TILE_COLUMNS];
+        for (int i = 0; i < TILE_COLUMNS; i++) {  // in vectors
+            const float high = round_to_bf16(x[i]);
+            rounded[i] = bits_of(high) >> 16;
+            left[i] = bits_of(round_to_bf16(x[i] - high)) >> 16;
         }
-        memcpy(tiles, pair, 4), memcpy(tiles + 2 * TILE_TOKENS, pair + 2, 4);
+        for (int i = 0; i < TILE_COLUMNS; i += 2, tiles += 2 * TILE_ROWS)
+            memcpy(tiles, rounded + i, 4), memcpy(tiles + 2 * TILE_TOKENS, left + i, 4);
     }
 }
 
@@ -82,8 +84,6 @@ static inline void tile_products(const bf16* w, size_t cols, const uint16_t* x, 
             _tile_dpbf16ps(2, 5, 6);
             if constexpr (RN > 1) _tile_dpbf16ps(3, 5, 7);
         }
-        if constexpr (RN == 1)  // few tokens wait for the memory: the rows after these
-            for (int i = 0; i < RM * TILE_ROWS; i++) __builtin_prefetch(w + (RM * TILE_ROWS + i) * cols);
     }
     _tile_stored(0, sums, 64);
     if constexpr (RN > 1) _tile_stored(1, sums + 256, 64);
@@ -126,15 +126,46 @@ static inline void read_tile(const float* sums, int tokens, Out out) {
     }
 }
 
+// 64 rows of weights by 8 tokens into sums (4, 16 rows, 16 columns): few tokens wait for the memory, which is fastest
+// when many rows are read at once.
+static inline void tall_products(const bf16* w, size_t cols, const uint16_t* x, float* sums) {
+    const size_t stride = cols * sizeof(bf16), steps = cols / TILE_COLUMNS, next = TILE_ROWS * cols;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t s = 0; s < steps; s++, w += TILE_COLUMNS, x += TILE_SIZE) {
+        _tile_loadd(6, x, 64);
+        _tile_loadd(4, w, stride);
+        _tile_loadd(5, w + next, stride);
+        _tile_loadd(7, w + 2 * next, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(4, w + 3 * next, stride);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_dpbf16ps(2, 7, 6);
+        _tile_dpbf16ps(3, 4, 6);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+    asm volatile("" ::: "memory");
+}
+
 // RM x 16 rows by all tokens [from, to), a multiple of 8 apart from the last: `out(row, token, values, 16)`.
 template <int RM, class Out>
 static inline void tile_tokens(const bf16* w, size_t cols, const uint16_t* x, int from, int to, Out out) {
     alignas(64) float sums[4 * 256];
     const size_t group = cols / TILE_COLUMNS * TILE_SIZE;
     for (int t = from; t < to;) {
-        const bool two = to - t > TILE_TOKENS;
+        const bool two = RM != TALL && to - t > TILE_TOKENS;
         const uint16_t* tokens = x + t / TILE_TOKENS * group;
-        two ? tile_products<RM, 2>(w, cols, tokens, sums) : tile_products<RM, 1>(w, cols, tokens, sums);
+        if constexpr (RM == TALL)
+            tall_products(w, cols, tokens, sums);
+        else if (two)
+            tile_products<RM, 2>(w, cols, tokens, sums);
+        else
+            tile_products<RM, 1>(w, cols, tokens, sums);
         for (int n = 0; n <= two; n++, t += TILE_TOKENS)
             for (int m = 0; m < RM; m++)
                 read_tile(sums + (m * (1 + two) + n) * 256, std::min(TILE_TOKENS, to - t),
@@ -150,6 +181,9 @@ static void tile_all(const bf16* w, size_t cols, int rows, const uint16_t* x, in
         const int to = std::min(from + BLOCK_TOKENS, tokens);
         int r = 0;
         const auto place = [&](int i, int t, const float* v, int count) { out(r + i, t, v, std::min(count, rows - r - i)); };
+        if (to - from <= TILE_TOKENS)
+            for (; r + TALL * TILE_ROWS <= rows; r += TALL * TILE_ROWS)
+                tile_tokens<TALL>(w + r * cols, cols, x, from, to, place);
         for (; r + 2 * TILE_ROWS <= rows; r += 2 * TILE_ROWS) tile_tokens<2>(w + r * cols, cols, x, from, to, place);
         for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tile_tokens<1>(w + r * cols, cols, x, from, to, place);
         if (r < rows) {

@@ -80,7 +80,12 @@ struct Activations {
 
 // y[i] (+)= v[i] + bias[i].
 static inline void give(float* y, const float* v, const float* bias, int count, bool add) {
-    for (int i = 0; i < count; i++) {
+    int i = 0;
+    for (; i + W <= count; i += W) {
+        const vec value = bias ? load(v + i) + load(bias + i) : load(v + i);
+        store(y + i, add ? load(y + i) + value : value);
+    }
+    for (; i < count; i++) {
         const float value = bias ? v[i] + bias[i] : v[i];
         y[i] = add ? y[i] + value : value;
     }
@@ -119,6 +124,10 @@ static void multiply_rows(const Matrix& m, int from, int to, const Activations& 
 // Rows of W that a thread takes at a time: several shares for each, so that none waits long for a slower one; not more
 // than stay in its second-level cache while all tokens pass.
 static int share(const Matrix& m, const Team& team) {
+    if (in_tiles(m.kind)) {
+        constexpr int tall = TALL * TILE_ROWS;  // what is read at once
+        return std::clamp(m.rows / (8 * team.threads) / tall * tall, tall, 2 * tall);
+    }
     const int bits = m.kind == INT4 ? 5 : m.kind == FLOAT32 ? 32 : 16;
     const int most = std::max(16, (1 << 21) / (m.cols * bits) / 16 * 16);  // 256 KiB
     return std::clamp(m.rows / (8 * team.threads) / 16 * 16, 16, std::min(128, most));
@@ -132,8 +141,11 @@ static void multiply(Team& team, const Matrix& m, const Activations& x, float* y
 // Called by all threads: `make(t)` fills row t of x; then x is ready for products with weights of this kind.
 template <class Make>
 static void prepare(Team& team, Activations& x, int32_t kind, Make make) {
-    team.each(x.T, 1, [&](int t, int) {
-        make(t);
-        x.prepare(t, kind);
+    // Tokens of a tile lie in the same cache lines, which two threads would take from each other.
+    team.each(x.T, in_tiles(kind) ? TILE_TOKENS : 1, [&](int from, int to) {
+        for (int t = from; t < to; t++) {
+            make(t);
+            x.prepare(t, kind);
+        }
     });
 }
