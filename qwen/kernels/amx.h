@@ -48,13 +48,15 @@ static bool tiles_allowed() {
     return allowed;
 }
 
-// While it lives, its thread computes in tiles of 16 rows of 64 bytes.
+// While it lives, its thread computes in tiles: of 16 rows of 64 bytes; for 4-bit weights tiles 4 and 5 hold 16 tokens
+// of 32 bytes, and tiles 6 and 7 those 32 columns of 16 rows of weights.
 struct Tiles {
     bool used;
-    explicit Tiles(bool use) : used(use) {
+    explicit Tiles(bool use, bool four_bits = false) : used(use) {
         if (!used) return;
         alignas(64) uint8_t config[64] = {1};  // the palette
         for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;
+        if (four_bits) config[16 + 2 * 4] = config[16 + 2 * 5] = 32, config[48 + 6] = config[48 + 7] = 8;
         _tile_loadconfig(config);
     }
     ~Tiles() {
@@ -196,7 +198,7 @@ static void tile_all(const bf16* w, size_t cols, int rows, const uint16_t* x, in
 #else
 static bool tiles_allowed() { return false; }
 struct Tiles {
-    explicit Tiles(bool) {}
+    explicit Tiles(bool, bool = false) {}
 };
 template <class Out>
 static void tile_all(const bf16*, size_t, int, const uint16_t*, int, Out) {}

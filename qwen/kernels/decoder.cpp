@@ -141,7 +141,7 @@ extern "C" void qwen_decode(const Decoder* m, const Step* step, float* x) {
     Team team;
 #pragma omp parallel num_threads(step->threads)
     {
-        const Tiles tiles(in_tiles(kind));
+        [[maybe_unused]] const Tiles tiles = tiles_for(kind);
         team.assemble();
         for (int i = 0; i < m->num_layers; i++) {
             run_attention(team, *m, *step, m->layers[i], step->cache + (size_t)i * step->B, x, buffers);
@@ -158,7 +158,7 @@ extern "C" void qwen_linear(const Matrix* m, const float* x, int32_t T, float* y
     Team team;
 #pragma omp parallel num_threads(threads)
     {
-        const Tiles tiles(in_tiles(m->kind));
+        [[maybe_unused]] const Tiles tiles = tiles_for(m->kind);
         team.assemble();
         prepare(team, input, m->kind, [&](int t) {
             memcpy(input.values.data() + (size_t)t * m->cols, x + (size_t)t * m->cols, m->cols * sizeof(float));

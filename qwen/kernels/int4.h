@@ -4,7 +4,7 @@
 // block after block, group after group, for every token alike.
 #pragma once
 
-#include "vectors.h"
+#include "amx.h"
 
 constexpr int BLOCK = 32;      // activations that share a scale
 constexpr int INT4_ROWS = 16;  // rows of weights whose words lie side by side
@@ -160,3 +160,78 @@ static void int4_tokens(const uint32_t* words, const float* scales, int groups, 
     for (; t + N <= x.T; t += N) int4_tile<N>(words, scales, groups, blocks, x, t, out);
     if constexpr (N > 1) int4_tokens<N / 2>(words, scales, groups, blocks, x, out, t);
 }
+
+#if QWEN_AMX && defined(__AMX_INT8__) && defined(FOUR_AT_ONCE)
+constexpr int MANY_TOKENS = 16;  // that fill a tile
+
+// Sums of one block for 16 tokens and 16 rows (16, 16), in one or the other set of tiles: two can be under way.
+static inline void block_sums_0(const int8_t* q, const uint8_t* unpacked, int32_t* sums) {
+    _tile_zero(0);
+    _tile_loadd(4, q, BLOCK);
+    _tile_loadd(6, unpacked, 64);
+    _tile_dpbsud(0, 4, 6);
+    _tile_stored(0, sums, 64);
+}
+
+static inline void block_sums_1(const int8_t* q, const uint8_t* unpacked, int32_t* sums) {
+    _tile_zero(1);
+    _tile_loadd(5, q, BLOCK);
+    _tile_loadd(7, unpacked, 64);
+    _tile_dpbsud(1, 5, 7);
+    _tile_stored(1, sums, 64);
+}
+
+// 16 rows of weights as bytes, 4 columns of each side by side: (cols / BLOCK, 8, 16, 4).
+static inline void unpack_rows(const uint32_t* words, int count, uint8_t* unpacked) {
+    for (int i = 0; i < count * BLOCK / 8; i++, words += INT4_ROWS, unpacked += 2 * sizeof(octets)) {
+        octets word;
+        memcpy(&word, words, sizeof word);
+        const octets low = low_nibbles(word), high = low_nibbles(shifted(word));
+        memcpy(unpacked, &low, sizeof low), memcpy(unpacked + sizeof low, &high, sizeof high);
+    }
+}
+
+// 16 rows by as many tokens as fill tiles; how many those are. The same numbers as those of `int4_tokens`.
+template <class Out>
+static int int4_tiles(const uint32_t* words, const float* scales, int groups, int blocks, const Quantised& x, Out out) {
+    static thread_local std::vector<uint8_t> unpacked;
+    constexpr int SIZE = BLOCK * INT4_ROWS;
+    unpacked.resize((size_t)groups * blocks * SIZE);
+    unpack_rows(words, groups * blocks, unpacked.data());
+    alignas(64) int32_t sums[2][MANY_TOKENS * INT4_ROWS];
+    int t = 0;
+    for (; t + MANY_TOKENS <= x.T; t += MANY_TOKENS) {
+        const auto begin = [&](int b) {
+            const int8_t* q = x.q + ((size_t)b * x.T + t) * BLOCK;
+            b % 2 ? block_sums_1(q, &unpacked[(size_t)b * SIZE], sums[1])
+                  : block_sums_0(q, &unpacked[(size_t)b * SIZE], sums[0]);
+        };
+        vec total[MANY_TOKENS] = {};
+        begin(0);
+        for (int g = 0; g < groups; g++) {
+            vec part[MANY_TOKENS] = {};
+            for (int b = g * blocks; b < (g + 1) * blocks; b++) {
+                if (b + 1 < groups * blocks) begin(b + 1);
+                asm volatile("" ::: "memory");
+                const size_t place = (size_t)b * x.T + t;
+                for (int j = 0; j < MANY_TOKENS; j++) {
+                    ivec integers;
+                    memcpy(&integers, sums[b % 2] + j * INT4_ROWS, sizeof integers);
+                    integers += x.start[place + j];
+                    part[j] = fma(__builtin_convertvector(integers, vec), vec{} + x.scale[place + j], part[j]);
+                }
+            }
+            const vec scale = load(scales + (size_t)g * INT4_ROWS);
+            for (int j = 0; j < MANY_TOKENS; j++) total[j] = fma(part[j], scale, total[j]);
+        }
+        for (int j = 0; j < MANY_TOKENS; j++) out(t + j, total[j]);
+    }
+    return t;
+}
+#else
+constexpr int MANY_TOKENS = 1 << 30;
+template <class Out>
+static int int4_tiles(const uint32_t*, const float*, int, int, const Quantised&, Out) {
+    return 0;
+}
+#endif

@@ -19,6 +19,11 @@ struct Matrix {
 
 static inline bool in_tiles(int32_t kind) { return kind == NATIVE_BF16 && tiles_allowed(); }
 
+// Whether products with weights of this kind may use tiles.
+static inline Tiles tiles_for(int32_t kind) {
+    return Tiles((kind == INT4 || kind == NATIVE_BF16) && tiles_allowed(), kind == INT4);
+}
+
 // Memory that begins at a cache line and is not cleared.
 template <class T>
 struct Buffer {
@@ -103,11 +108,14 @@ static void multiply_rows(const Matrix& m, int from, int to, const Activations& 
             const size_t block = r / INT4_ROWS, lane = r % INT4_ROWS;
             const uint32_t* words = (const uint32_t*)m.weight + block * (m.cols / 8) * INT4_ROWS + lane;
             const float* scales = m.scales + block * groups * INT4_ROWS + lane;
-            int4_tokens(words, scales, groups, blocks, input, [&](int t, vec v) {
+            const auto take = [&](int t, vec v) {
                 float values[W];
                 store(values, v);
                 out(r, t, values, W);
-            });
+            };
+            const bool many = x.T >= MANY_TOKENS && tiles_allowed();
+            const int done = many ? int4_tiles(words, scales, groups, blocks, input, take) : 0;
+            int4_tokens(words, scales, groups, blocks, input, take, done);
         }
         return;
     }
