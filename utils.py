@@ -22,7 +22,7 @@ from qwen.checkpoint import check_architecture, read_json
 from qwen.configuration_qwen import torch_reads
 from qwen.cpu import load_kernels
 from qwen.errors import first_line
-from qwen.hardware import computes_bf16
+from qwen.hardware import computes_bf16, hardware
 from qwen.int4 import check_quantization, describe_kernel, replace_linears
 from tensor_parallel import ParallelQWen, join_processes, leader_first, load_parallel
 
@@ -96,6 +96,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit: a user's mistake ends in one sentence and status 1, Ctrl-C in status 130."""
     program = Path(sys.argv[0]).name
     try:
+        hardware()  # QWEN_HARDWARE holds for all that follows, and a mistake in it is told before anything else
         status = main()
         sys.stdout.flush()  # here, where a closed pipe can still be caught
     except QwenError as error:
