@@ -48,8 +48,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp", type=int, metavar="N", help="cut every layer into N, a GPU for each: torchrun --nproc_per_node N ..."
     )
     group.add_argument(
-        "--dtype", default="auto", choices=["auto", *DTYPES], help="precision (default: the best of the device)"
-    )
+        "--dtype", default="auto", choices=["auto", *DTYPES],
+        help="precision (default: bf16 where the GPU, the processor or the compiled CPU kernels compute it, else fp16 "
+        "on a GPU and fp32 on a CPU)",
+    )  # fmt: skip
     group.add_argument(
         "--attn", default="sdpa", choices=["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
         help="attention implementation (default: %(default)s)",
