@@ -22,7 +22,7 @@ from qwen.checkpoint import check_architecture, read_json
 from qwen.configuration_qwen import torch_reads
 from qwen.cpu import load_kernels
 from qwen.errors import first_line
-from qwen.hardware import computes_bf16
+from qwen.hardware import computes_bf16, hardware
 from qwen.int4 import check_quantization, describe_kernel, replace_linears
 from tensor_parallel import ParallelQWen, join_processes, leader_first, load_parallel
 
@@ -48,8 +48,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp", type=int, metavar="N", help="cut every layer into N, a GPU for each: torchrun --nproc_per_node N ..."
     )
     group.add_argument(
-        "--dtype", default="auto", choices=["auto", *DTYPES], help="precision (default: the best of the device)"
-    )
+        "--dtype", default="auto", choices=["auto", *DTYPES],
+        help="precision (default: bf16 where the GPU, the processor or the compiled CPU kernels compute it, else fp16 "
+        "on a GPU and fp32 on a CPU)",
+    )  # fmt: skip
     group.add_argument(
         "--attn", default="sdpa", choices=["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
         help="attention implementation (default: %(default)s)",
@@ -96,6 +98,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit: a user's mistake ends in one sentence and status 1, Ctrl-C in status 130."""
     program = Path(sys.argv[0]).name
     try:
+        hardware()  # QWEN_HARDWARE holds for all that follows, and a mistake in it is told before anything else
         status = main()
         sys.stdout.flush()  # here, where a closed pipe can still be caught
     except QwenError as error:

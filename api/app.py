@@ -226,7 +226,7 @@ class Gate:
             return await asyncio.wait_for(self.read_body(scope, receive), BODY_SECONDS)
         except ApiError as error:
             return error
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return ApiError(408, f"the body did not arrive in {BODY_SECONDS:g} seconds", code="body_too_slow")
 
     def check_key(self, scope: Scope) -> None:

@@ -46,7 +46,7 @@ class Replies:
         while unfinished:
             try:
                 number, update = await asyncio.wait_for(self.updates.get(), self.keep_alive)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 yield None
                 continue
             if update.error is not None:

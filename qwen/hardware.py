@@ -115,7 +115,7 @@ def _parse(overrides: str) -> dict[str, str]:
             raise QwenError(f"{VARIABLE} names {name}, which is unknown: it takes {', '.join(allowed)}")
         if name == "threads":
             if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 4096):
-                raise QwenError(f"{VARIABLE} sets threads={value}: give a number from 1 on")
+                raise QwenError(f"{VARIABLE} sets threads={value}: give a number from 1 to 4096")
         elif value not in allowed[name]:
             here = " on this processor" if value in LEVELS else ""
             raise QwenError(f"{VARIABLE} sets {name}={value}, which can't be{here}: choose {', '.join(allowed[name])}")

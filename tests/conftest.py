@@ -1,7 +1,9 @@
 """What several test files need: the tokenizer of the real vocabulary, and the demo checkpoint."""
 
 import json
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import golden
 from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
+from qwen.hardware import VARIABLE
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,6 +19,23 @@ def ctrl_c_works() -> None:
     """A shell that starts the tests in the background makes them, and what they start, deaf to SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def set_hardware(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Says something else about the processor; what QWEN_HARDWARE says to the whole run of tests holds beside it."""
+
+    def override(words: str) -> None:
+        monkeypatch.setenv(VARIABLE, f"{os.environ.get(VARIABLE, '')},{words}")
+
+    return override
+
+
+@pytest.fixture(params=[False, True], ids=["without native bf16", "native bf16"])
+def native_bf16(request: pytest.FixtureRequest, set_hardware: Callable[[str], None]) -> bool:
+    """Both kinds of processor, whichever this one is: whether it is one that multiplies bfloat16 itself."""
+    set_hardware(f"bf16={'on' if request.param else 'off'}")
+    return request.param
 
 
 @pytest.fixture(scope="session")

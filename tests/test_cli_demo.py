@@ -127,7 +127,7 @@ def run(tmp_path: Path, lines: str, *flags: str, **changes: str) -> subprocess.C
     )  # fmt: skip
 
 
-def test_in_a_pipe(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_in_a_pipe(demo_checkpoint: Path, tmp_path: Path, native_bf16: bool) -> None:
     lines = f":conf do_sample=off max_new_tokens=12\n{FRANCE}\n:help\n:save t.json\n:q\nnever read\n"
     done = run(tmp_path, lines, "-c", "demo", FORCE_COLOR="1", LC_ALL="C")
     assert done.returncode == 0, done.stderr

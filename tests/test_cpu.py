@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,12 @@ from qwen import QWenLMHeadModel
 from qwen.cache import GrowingLayer, JointCache, let_grow
 from qwen.hardware import VARIABLE, kernel_levels
 from qwen.int4 import Int4Linear, pack_words
+
+
+@pytest.fixture(autouse=True)
+def kernels_on(set_hardware: Callable[[str], None]) -> None:
+    """Also where the whole run of tests is without them."""
+    set_hardware("kernels=native")
 
 
 def with_kernels(dtype: torch.dtype = torch.float32, **changes: object) -> QWenLMHeadModel:

@@ -155,10 +155,10 @@ def test_react_demo(brief_demo: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_batch_inference(brief_demo: Path, tmp_path: Path) -> None:
     questions, answers = tmp_path / "questions.txt", tmp_path / "answers.jsonl"
     questions.write_text("What is the capital of France?\n\nName a colour.\nWhat is the capital of France?\n")
-    run_example("batch_inference", "-c", brief_demo, questions, answers, "--max-new-tokens", 10)
+    run_example("batch_inference", "-c", brief_demo, questions, answers, "--max-new-tokens", 10, "--dtype", "fp32")
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert sorted(row["question"] for row in rows) == ["Name a colour.", "What is the capital of France?"]
-    model, tokenizer = load_model_and_tokenizer(brief_demo, device="cpu")
+    model, tokenizer = load_model_and_tokenizer(brief_demo, device="cpu", dtype="fp32")
     for row in rows:
         assert row["answer"] == model.chat(tokenizer, row["question"], None, temperature=0, max_new_tokens=10)[0]
 

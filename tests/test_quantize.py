@@ -260,7 +260,7 @@ def test_samples_that_are_held_out() -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [', r"a\.jsonl:2: not valid JSON"),
-        ("a.json", '[\n{"messages": 1},\n]', r"a\.json:3: not valid JSON"),
+        ("a.json", '[\n{"messages": 1},\n{]', r"a\.json:3: not valid JSON"),
         ("a.json", '[{"text": "a"}]', r"a\.json holds no conversations"),
         ("a.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}', r"a\.jsonl:1: turn 1: tool is out of place"),
         ("a.jsonl", '{"messages": ["a"]}', r"a\.jsonl:1: turn 1: a message has"),

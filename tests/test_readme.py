@@ -184,7 +184,11 @@ def test_flags_and_chat_commands_exist(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_python_blocks_run(
-    brief_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    brief_demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    native_bf16: bool,
 ) -> None:
     """One after the other in one namespace, as a reader would type them, the demo checkpoint in place of Qwen-7B."""
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,26 +87,36 @@ def test_spread_over_the_gpus_that_are_here(tmp_path: Path) -> None:
 # ---- precision and device ----
 
 
-def test_precision_is_the_devices_best_and_can_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    native = {"cuda": False, "cpu": False}
+def test_precision_on_a_cpu(native_bf16: bool, set_hardware: Callable[[str], None]) -> None:
+    """bf16 where the processor computes it, or where the kernels do the work; both can be switched off."""
+    set_hardware("kernels=off")
+    best = torch.bfloat16 if native_bf16 else torch.float32
+    assert choose_dtype("cpu") == choose_dtype("cpu:0") == choose_dtype("cpu", plain=False) == best
+    set_hardware("kernels=native")
+    assert load_kernels() and choose_dtype("cpu") == torch.bfloat16
+    assert choose_dtype("cpu", plain=False) == best  # the kernels know no adapters and no slices
+    assert choose_dtype("cpu", "fp16") == torch.float16 and choose_dtype("cpu", torch.float32) == torch.float32
+
+
+def test_precision_on_a_gpu_and_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = {"cuda": False, "mps": False}
     monkeypatch.setattr(utils, "computes_bf16", lambda device: native[device.split(":")[0]])
-    assert choose_dtype("cuda:1") == torch.float16 and choose_dtype("cpu", plain=False) == torch.float32
-    assert choose_dtype("cpu") == (torch.bfloat16 if load_kernels() else torch.float32)
-    monkeypatch.setattr(utils, "load_kernels", lambda: None)
-    assert choose_dtype("cpu") == torch.float32
-    native |= {"cuda": True, "cpu": True}
-    assert choose_dtype("cuda") == choose_dtype("cpu") == torch.bfloat16
-    assert choose_dtype("cpu", "fp16") == torch.float16 and choose_dtype("cuda", torch.float32) == torch.float32
+    assert choose_dtype("cuda:1") == choose_dtype("mps") == torch.float16
+    native |= {"cuda": True, "mps": True}
+    assert choose_dtype("cuda") == choose_dtype("mps") == torch.bfloat16
     with pytest.raises(QwenError, match="--dtype int3 is unknown: choose auto, bf16, fp16, fp32"):
         choose_dtype("cpu", "int3")
 
 
-def test_bf16_on_this_cpu_as_the_system_says() -> None:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        pytest.skip("only Linux lists the processor's features there")
-    flags = set(cpuinfo.read_text().split())
-    assert utils.computes_bf16("cpu") == bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+def test_models_are_loaded_in_the_precision_chosen(
+    tmp_path: Path, native_bf16: bool, set_hardware: Callable[[str], None]
+) -> None:
+    save_tiny(tmp_path)
+    for kernels, expected in (("native", "bf16"), ("off", "bf16" if native_bf16 else "fp32")):
+        set_hardware(f"kernels={kernels}")
+        model, _ = load_from_args(parse("-c", str(tmp_path), "--cpu-only"))
+        assert utils.describe_placement(model).startswith(f"{expected} on cpu, sdpa attention")
+        assert (model.transformer.cpu_decoder is not None) == (kernels == "native")
 
 
 def test_absent_devices() -> None:
@@ -194,6 +205,7 @@ def test_adapter_directory(tmp_path: Path) -> None:
 
 PEAK = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from utils import DTYPES, load_model_and_tokenizer, load_model_for_training
 

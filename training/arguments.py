@@ -95,7 +95,7 @@ class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's flags with defaults for this model."""
 
     fp32: bool = option(
-        False, "Train in float32; by default bf16 where the device computes it, else fp16, on CPUs fp32."
+        False, "Train in float32; by default bf16 where the GPU or processor computes it, else fp16 (GPU), fp32 (CPU)."
     )
     learning_rate: float | None = option(None, f"Default: {LORA_RATE} for adapters, {FULL_RATE} for all weights.")
     per_device_train_batch_size: int = option(2, "Samples (or packs) a device and forward pass.")
