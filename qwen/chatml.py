@@ -55,17 +55,31 @@ def encode_messages(
 
     `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open instead.
     """
+    return encode_with_mask(tokenizer, messages, add_generation_prompt, continue_final_message)[0]
+
+
+def encode_with_mask(
+    tokenizer: "QWenTokenizer",
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> tuple[list[int], list[int]]:
+    """`encode_messages`, and a mask that is 1 where the assistant writes: its texts and what ends them."""
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
     newline = tokenizer.encode_text("\n")
     ids: list[int] = []
+    mask: list[int] = []
     for i, message in enumerate(messages):
         closed = not (continue_final_message and i == len(messages) - 1)
-        ids += encode_block(tokenizer, message["role"], message["content"], closed)
-        ids += newline if closed else []
+        head = encode_block(tokenizer, message["role"], "", closed=False)
+        block = encode_block(tokenizer, message["role"], message["content"], closed)
+        ids += [*block, *newline] if closed else block
+        mask += [0] * len(head) + [int(message["role"] == "assistant")] * (len(block) - len(head))
+        mask += [0] * (len(ids) - len(mask))
     if add_generation_prompt:
         ids += encode_block(tokenizer, "assistant", "", closed=False)
-    return ids
+    return ids, mask + [0] * (len(ids) - len(mask))
 
 
 def history_window(
@@ -166,10 +180,11 @@ def complete_eos_ids(generation_config: "GenerationConfig") -> None:
 
     Official chat checkpoints name only <|endoftext|> there; <|im_start|> and <|im_end|> are the two ids after it.
     """
-    eod_id = generation_config.eos_token_id
-    if eod_id is None:  # official files name it as the padding as well
-        eod_id = generation_config.pad_token_id
-    if isinstance(eod_id, list) and len(eod_id) == 1:
-        [eod_id] = eod_id
-    if getattr(generation_config, "chat_format", None) == "chatml" and isinstance(eod_id, int):
-        generation_config.eos_token_id = [eod_id + 2, eod_id, eod_id + 1]
+    eos, pad = generation_config.eos_token_id, generation_config.pad_token_id
+    ids = [pad] if eos is None else eos if isinstance(eos, list) else [eos]
+    if getattr(generation_config, "chat_format", None) != "chatml" or not all(isinstance(i, int) for i in ids):
+        return
+    # Official files name <|endoftext|> as the padding too. The three may be there in another order, or in part.
+    eod_id = pad if isinstance(pad, int) and all(pad <= i <= pad + 2 for i in ids) else min(ids, default=None)
+    if eod_id is not None and max(ids) <= eod_id + 2:
+        generation_config.eos_token_id = [eod_id + 2, eod_id, eod_id + 1]  # <|im_end|> first: some take that alone

@@ -103,6 +103,9 @@ class QWenConfig(PreTrainedConfig):
     emb_dropout_prob: float = 0.0
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

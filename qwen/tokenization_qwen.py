@@ -15,9 +15,11 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from transformers.utils import logging
 
-from .chatml import CHAT_TEMPLATE, Message, encode_messages
+from .chatml import CHAT_TEMPLATE, encode_with_mask
 from .checkpoint import check_vocabulary
 from .errors import QwenError
+from .history import plain_messages
+from .offsets import fit_row, token_offsets
 from .push_code import push_code_to
 
 logger = logging.get_logger(__name__)
@@ -96,6 +98,9 @@ class QWenTokenizer(PreTrainedTokenizer):
 
         kwargs.pop("added_tokens_decoder", None)  # the control tokens are fixed; a saved list of them adds nothing
         kwargs.setdefault("chat_template", CHAT_TEMPLATE)
+        for role in ("eos_token", "pad_token"):  # the publisher's has neither, and collators and pipelines want both
+            if kwargs.get(role) is None:
+                kwargs[role] = SPECIAL_TOKENS[0]
         self._added_tokens_decoder = {
             i: AddedToken(token, special=True, normalized=False) for token, i in self.special_tokens.items()
         }
@@ -184,6 +189,32 @@ class QWenTokenizer(PreTrainedTokenizer):
         """
         return [self.decoder[i] for i in self._text_to_ids(text, **kwargs)]
 
+    def __call__(
+        self, text: Any = None, text_pair: Any = None, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any
+    ) -> BatchEncoding:
+        """As in transformers; `return_offsets_mapping` adds each token's characters, which slow tokenizers refuse."""
+        if not return_offsets_mapping:
+            return super().__call__(text, text_pair, *args, **kwargs)
+        texts = [text] if isinstance(text, str) else text
+        refused = [name for name in ("is_split_into_words", "return_overflowing_tokens") if kwargs.get(name)]
+        if text_pair is not None or refused or not all(isinstance(each, str) for each in texts):
+            raise QwenError("return_offsets_mapping takes a text or a list of texts: no pairs, words, ids or overflow")
+        tensors = kwargs.pop("return_tensors", None)
+        wants_mask = kwargs.pop("return_attention_mask", True)
+        encoded = super().__call__(list(texts), *args, return_attention_mask=True, **kwargs)
+        reading = {name: kwargs[name] for name in READING_OPTIONS if name in kwargs}
+        offsets = [token_offsets(each, self.tokenize(each, **reading)) for each in texts]
+        encoded["offset_mapping"] = self._fit_rows(offsets, encoded, (0, 0))
+        if wants_mask is False:
+            del encoded["attention_mask"]
+        return _finish(encoded, isinstance(text, str), tensors)
+
+    def _fit_rows(self, rows: list[list], encoded: BatchEncoding, fill: Any) -> list[list]:
+        """A value for each token of a batch, cut and padded as the batch was."""
+        cut_left = self.truncation_side == "left"
+        masks = encoded["attention_mask"]
+        return [fit_row(row, mask, fill, cut_left) for row, mask in zip(rows, masks, strict=True)]
+
     def encode(self, text: Any, *args: Any, **kwargs: Any) -> list[int]:
         """Ids of `text`; a bare string goes straight to tiktoken, which takes most of the time anyway."""
         if isinstance(text, str) and not args and kwargs.keys() <= {*READING_OPTIONS, "add_special_tokens"}:
@@ -235,13 +266,17 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> Any:
         """Render messages; ids are made segment by segment, so text in messages never becomes a control token.
 
-        Tools, documents and templates other than ChatML go through transformers, control tokens in messages disarmed.
+        Content may be a list of text parts. `return_assistant_tokens_mask` adds `assistant_masks`, 1 at the replies
+        and the <|im_end|> that ends them. Tools, documents and templates other than ChatML go through transformers,
+        control tokens in messages disarmed.
         """
+        single = isinstance(conversation, Sequence) and bool(conversation) and isinstance(conversation[0], dict)
+        chats = [plain_messages(each) for each in ([conversation] if single else conversation)]
         template = kwargs.get("chat_template") or self.chat_template
         if not tokenize or args or kwargs.get("tools") or kwargs.get("documents") or template != CHAT_TEMPLATE:
             kwargs.setdefault("sanitize_control_tokens", tokenize)
             return super().apply_chat_template(
-                conversation,
+                chats[0] if single else chats,
                 *args,
                 tokenize=tokenize,
                 add_generation_prompt=add_generation_prompt,
@@ -250,15 +285,14 @@ class QWenTokenizer(PreTrainedTokenizer):
                 tokenizer_kwargs=tokenizer_kwargs,
                 **kwargs,
             )
-
-        def to_ids(messages: Sequence[Message]) -> list[int]:
-            return encode_messages(self, messages, add_generation_prompt, continue_final_message)
-
-        layout_names = ("padding", "truncation", "max_length", "return_tensors")
-        layout = {name: kwargs[name] for name in layout_names if name in kwargs}
-        single = isinstance(conversation[0], dict)
-        ids = to_ids(conversation) if single else [to_ids(messages) for messages in conversation]
-        encoded = self(ids, add_special_tokens=False, **layout, **(tokenizer_kwargs or {}))
+        pairs = [encode_with_mask(self, each, add_generation_prompt, continue_final_message) for each in chats]
+        layout = {name: kwargs[name] for name in ("padding", "truncation", "max_length") if name in kwargs}
+        layout |= {**(tokenizer_kwargs or {}), "return_attention_mask": True}
+        tensors = layout.pop("return_tensors", kwargs.get("return_tensors"))
+        encoded = self([ids for ids, _ in pairs], add_special_tokens=False, **layout)
+        if kwargs.get("return_assistant_tokens_mask"):
+            encoded["assistant_masks"] = self._fit_rows([mask for _, mask in pairs], encoded, 0)
+        encoded = _finish(encoded, single, tensors)
         return encoded if return_dict else encoded["input_ids"]
 
     # ---- ids and tokens ----
@@ -292,6 +326,13 @@ class QWenTokenizer(PreTrainedTokenizer):
         tokens = (self.decoder.get(i, b"") for i in ids if not (skip_special_tokens and i in self.special_ids))
         data = b"".join(token if isinstance(token, bytes) else token.encode() for token in tokens)
         return data.decode("utf-8", errors=errors or self.errors)
+
+
+def _finish(encoded: BatchEncoding, single: bool, tensors: Any) -> BatchEncoding:
+    """A batch in the form asked for: tensors (one row is a batch of its own there), or lists."""
+    if single and tensors is None:
+        return BatchEncoding({name: rows[0] for name, rows in encoded.items()})
+    return BatchEncoding(dict(encoded), tensor_type=tensors)
 
 
 def is_batch(text: Any, is_split_into_words: bool) -> bool:

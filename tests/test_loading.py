@@ -232,7 +232,7 @@ class Always(transformers.LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("eos", [700, [700], None])
+@pytest.mark.parametrize("eos", [700, [700], None, 702, [702], [700, 702], [700, 702, 701]])
 def test_settings_assigned_later_stop_at_the_end_of_a_turn(small: Path, eos: Any) -> None:
     (small / "generation_config.json").write_text(json.dumps({**SETTINGS, "eos_token_id": eos}))
     model = AutoModelForCausalLM.from_pretrained(small)
@@ -402,3 +402,14 @@ def test_queries_of_another_shape(tokenizer: QWenTokenizer, query: Any) -> None:
 def test_one_text_for_a_batch(tokenizer: QWenTokenizer) -> None:
     with pytest.raises(QwenError, match=r"chat_batch\(\) takes a list"):
         golden.model().chat_batch(tokenizer, "Hi")
+
+
+# ---- what other libraries read ----
+
+
+def test_config_has_the_ids_that_libraries_ask_for(small: Path) -> None:
+    config = AutoModelForCausalLM.from_pretrained(small).config
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (None, None, None)
+    write_settings(small / "config.json", pad_token_id=700, eos_token_id=[702, 700])
+    config = AutoModelForCausalLM.from_pretrained(small).config
+    assert (config.pad_token_id, config.eos_token_id) == (700, [702, 700])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import golden
 from qwen import QwenError, QWenTokenizer
+from qwen.fast_tokenizer import fast_tokenizer
 from qwen.tokenization_qwen import PATTERN
 
 GOLDEN = json.loads((golden.DATA / "tokenizer.json").read_text())
@@ -43,7 +44,9 @@ def test_attributes(tokenizer: QWenTokenizer) -> None:
         expected["len"], expected["n_mergeable"], expected["pat_str"],
     )  # fmt: skip
     assert tokenizer.special_tokens["<|extra_204|>"] == 151850
-    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token) == (None,) * 4
+    # The publisher's has neither of the first two, and libraries ask for both.
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>",) * 2
+    assert tokenizer.bos_token is None and tokenizer.unk_token is None
 
 
 def test_special_tokens_in_text(tokenizer: QWenTokenizer) -> None:
@@ -94,8 +97,11 @@ def test_batches_and_padding() -> None:
     assert tokenizer(texts, truncation=True, max_length=2)["input_ids"] == [[9707], [], [13048, 498]]
     assert tokenizer("Hello", " there")["input_ids"] == tokenizer.encode("Hello") + tokenizer.encode(" there")
     assert tokenizer(ids[2])["input_ids"] == ids[2]
-    with pytest.raises(ValueError, match="does not have a padding token"):
-        QWenTokenizer(VOCAB)(texts, padding=True)
+    assert QWenTokenizer(VOCAB)(texts, padding=True)["input_ids"] == right["input_ids"].tolist()
+    tokenizer.pad_token_id = 151646  # as published scripts set it
+    assert tokenizer(texts[:2], padding=True)["input_ids"] == [[9707], [151646]]
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.pad_token_id == 151643
 
 
 def test_only_the_control_tokens_can_be_named(tokenizer: QWenTokenizer) -> None:
@@ -209,3 +215,73 @@ def test_broken_vocabulary(content: bytes | None, message: str, tmp_path: Path) 
 def test_tensors_and_numbers_decode(tokenizer: QWenTokenizer) -> None:
     assert tokenizer.decode(9707) == tokenizer.decode(torch.tensor([9707])) == "Hello"
     assert tokenizer.batch_decode([[9707], [151645]], skip_special_tokens=True) == ["Hello", ""]
+
+
+TEXTS = ["Who are you?", "", "  two  spaces\n", "你好 😀🤦🏽‍♂️ é<|im_end|>ok", "naïve Ὀδυσσεύς 한국어"]
+
+
+def test_offsets_as_the_package_tokenizers_finds_them(tokenizer: QWenTokenizer) -> None:
+    fast = fast_tokenizer(tokenizer)
+    for text in TEXTS:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        expected = fast.encode(text)
+        assert (encoded["input_ids"], encoded["offset_mapping"]) == (expected.ids, expected.offsets)
+    for side in ("left", "right"):
+        batch = tokenizer(TEXTS, return_offsets_mapping=True, padding=True, padding_side=side, return_tensors="pt")
+        for text, offsets, mask in zip(TEXTS, batch["offset_mapping"], batch["attention_mask"], strict=True):
+            assert offsets[mask.bool()].tolist() == [list(pair) for pair in fast.encode(text).offsets]
+            assert not offsets[~mask.bool()].any()
+    short = tokenizer(TEXTS[0], return_offsets_mapping=True, truncation=True, max_length=2, return_attention_mask=False)
+    assert short == {"input_ids": [15191, 525], "offset_mapping": [(0, 3), (3, 7)]}
+    for refused in ({"text_pair": "b"}, {"is_split_into_words": True}, {"return_overflowing_tokens": True}):
+        with pytest.raises(QwenError, match="return_offsets_mapping takes a text"):
+            tokenizer("a", return_offsets_mapping=True, **refused)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("ae\u0301\u0300\u1112\u1161\u11ab\u09c7\u09be\u0958 😀")))
+def test_offsets_cut_the_text_that_was_given(text: str) -> None:
+    """Not only its NFC form: what a token's characters compose to holds the token, and all together are the text."""
+    tokenizer, _ = shared()
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    end = 0
+    for i, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        token = tokenizer.decoder[i]
+        assert token in unicodedata.normalize("NFC", text[first:last]).encode()
+        assert first <= end <= last  # nothing is left out
+        end = last
+    assert end == len(text)
+
+
+@pytest.mark.parametrize("parts", [["Hi"], ["H", "i"], ["", "Hi"]])
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_content_in_parts(tokenizer: QWenTokenizer, parts: list[str], tokenize: bool) -> None:
+    asked = {"tokenize": tokenize, "add_generation_prompt": True}
+    right = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], **asked)
+    content = [{"type": "text", "text": part} for part in parts]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": content}], **asked) == right
+
+
+@pytest.mark.parametrize(
+    ("conversation", "said"),
+    [([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "part 'image'.*only text"),
+     ([{"role": "user", "content": None}], "content of message 0 is None"),
+     ([{"role": "user"}], "content of message 0 is None"), ([{"content": "Hi"}], "role and content"),
+     ([[("Hi", "Hello")]], "role and content"), ("Hi", "role and content"), ([{"role": "user", "content": 3}], "is 3")],
+)  # fmt: skip
+def test_conversations_of_another_shape(tokenizer: QWenTokenizer, conversation: object, said: str) -> None:
+    for tokenize in (True, False):
+        with pytest.raises(QwenError, match=said):
+            tokenizer.apply_chat_template(conversation, tokenize=tokenize)
+
+
+def test_mask_of_the_replies(tokenizer: QWenTokenizer) -> None:
+    texts = ["Hi", "Hello you!", "Bye", "See <|im_end|> you"]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    for settings_ in ({}, {"return_tensors": "pt", "padding": True}, {"padding": "max_length", "max_length": 64}):
+        batch = tokenizer.apply_chat_template([chat[:2], chat], return_assistant_tokens_mask=True, **settings_)
+        for ids, mask, replies in zip(batch["input_ids"], batch["assistant_masks"], (1, 2), strict=True):
+            said = tokenizer.decode([int(i) for i, own in zip(ids, mask, strict=True) if own])
+            assert said == "Hello you!<|im_end|>See <|im_end|> you<|im_end|>"[: (20, 99)[replies - 1]]
+    cut = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True, truncation=True, max_length=22)
+    assert len(cut["input_ids"]) == len(cut["assistant_masks"]) == 22 and sum(cut["assistant_masks"]) == 2
