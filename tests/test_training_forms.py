@@ -90,7 +90,7 @@ LINE = json.dumps({"messages": [HI, HELLO]}) + "\n"
         ("a.jsonl", LINE.encode()),
         ("a.jsonl", LINE.replace("\n", "\r\n").encode("utf-8-sig")),
         ("a.jsonl", LINE.encode("utf-16")),
-        ("a.jsonl.gz", gzip.compress(LINE.encode())),
+        ("a.jsonl.gz", gzip.compress(LINE.encode(), mtime=0)),
         ("a.json", json.dumps({"messages": [HI, HELLO]}, indent=1).encode()),
         ("a.json", json.dumps({"data": [{"messages": [HI, HELLO]}]}).encode()),
         ("a.csv", b"instruction,input,output\nHi,,Hello!\n"),
