@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.math_answers import published_chat_number, same_number
+from eval.math_answers import last_number, published_chat_number, same_number
 from eval.runner import make_parser, run
 from eval.task import Record, Sample, Verdict
 from eval.word_problems import CUE, Gsm8k, solved_problems
@@ -41,7 +41,7 @@ class EvaluateChatGsm8k(Gsm8k):
     def judge(self, sample: Sample, record: Record) -> Verdict:
         if not self.as_published:
             return super().judge(sample, record)
-        answer, gold = published_chat_number(record["text"]), published_chat_number(sample.row["answer"])
+        answer, gold = published_chat_number(record["text"]), float(last_number(sample.row["answer"]))
         return Verdict(float(same_number(answer, gold)), answer, gold)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.math_answers import published_gold, published_last_number
+from eval.math_answers import last_number, published_last_number
 from eval.runner import make_parser, run
 from eval.task import Record, Sample, Verdict
 from eval.word_problems import CUE, Gsm8k, solved_problems
@@ -30,7 +30,7 @@ class EvaluateGsm8k(Gsm8k):
     def judge(self, sample: Sample, record: Record) -> Verdict:
         if not self.as_published:
             return super().judge(sample, record)
-        answer, gold = published_last_number(record["text"]), published_gold(sample.row["answer"])
+        answer, gold = published_last_number(record["text"]), float(last_number(sample.row["answer"]))
         return Verdict(float(answer == gold), answer, gold)
 
 

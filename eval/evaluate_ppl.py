@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from eval.figures import MARKS, Figures, finish_plot, import_pyplot
+from eval.run_folder import check_writable
 from eval.sources import load_data
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.modeling_qwen import dynamic_ntk_alpha
@@ -76,8 +77,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file of the figures, read and written")
     group.add_argument("--plot", type=Path, metavar="FILE", help="PNG file to draw the figures into")
     args = parser.parse_args(argv)
-    if min([*args.lengths, args.chunk, args.windows]) < 1:
-        parser.error("--lengths, --chunk and --windows must be 1 or more")
+    if min(args.chunk, args.windows) < 1:
+        parser.error("--chunk and --windows must be 1 or more")
+    if min(args.lengths) < 2:
+        parser.error("--lengths must be 2 or more: the first token is read, not guessed")
     if args.tp:
         parser.error("--tp is not for this measurement: one process reads the text")
     return args
@@ -156,6 +159,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     if args.plot:
         import_pyplot()  # before the measuring, which would be for nothing
+    for flag, path in (("--output", args.output), ("--plot", args.plot)):
+        if path:
+            check_writable(path.parent, flag)
+            if path.is_dir():
+                raise QwenError(f"{flag} {path} is a directory: name a file")
     directory = find_checkpoint(args.checkpoint_path, args.hub, args.revision)
     args.seq_length = args.seq_length or load_config(directory).seq_length
     conditions = {"what": "perplexity", "checkpoint": args.checkpoint_path, "dtype": args.dtype, "chunk": args.chunk}

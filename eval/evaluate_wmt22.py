@@ -37,7 +37,13 @@ class EvaluateWmt22(Task):
     def load(self) -> list[Sample]:
         samples = []
         for pair in choose_subjects(self.args.subjects, PAIRS):
-            rows = list(zip(*(read_side(self.args.data, pair, side) for side in ("src", "ref")), strict=True))
+            source, reference = (read_side(self.args.data, pair, side) for side in ("src", "ref"))
+            if len(source) != len(reference):
+                raise QwenError(
+                    f"{pair}.src has {len(source)} sentences and {pair}.ref has {len(reference)}: a line is missing in "
+                    f"one of them; make them again with {ORIGIN.where}"
+                )
+            rows = list(zip(source, reference, strict=True))
             for number, (source, reference) in enumerate(rows[: self.args.limit]):
                 draw = random.Random(f"{self.args.seed} {pair} {number}")
                 others = draw.sample([i for i in range(len(rows)) if i != number], min(SHOTS, len(rows) - 1))
@@ -85,9 +91,14 @@ def read_side(folder: Path | None, pair: str, side: str) -> list[str]:
     else:
         path = folder / f"{pair}.{side}"
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise missing(path, ("a sentence a line",), ORIGIN, header=False) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise QwenError(f"cannot read {path} ({error}): make it again with {ORIGIN.where}") from None
+    if not any(line.strip() for line in lines):
+        raise QwenError(f"{path} is empty: make it again with {ORIGIN.where}")
+    return lines
 
 
 def split_words(texts: Sequence[str]) -> list[str]:

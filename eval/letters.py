@@ -1,4 +1,4 @@
-"""Read the letter of a multiple-choice answer out of a chat model's reply.
+"""Read letters: those that a file gives as right, and the one that a chat model's reply names.
 
 `standard_letter` finds no letter in a reply that names none; that counts as wrong. `published_letter` does what the
 published scripts did: it writes letters in place of the choices' texts, tries a table of patterns, and at last takes
@@ -6,9 +6,49 @@ the choice whose text looks most like the reply, so it always answers.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from qwen import QwenError
 
 LETTERS = "ABCD"
+
+# ---- right answers ----
+
+_GOLD = re.compile(r"[\s(（\[【\"']*([A-Da-d])[\s)）\]】\"'.．。:：、]*")
+
+
+def read_golds(rows: Sequence[Mapping[str, str]], place: str) -> list[str]:
+    """The right letter of each row of a file (keys A to D and answer), "" of all where none is given.
+
+    Lower case, blanks and brackets are understood, and numbers where it is clear whether they count from 0 or 1.
+
+    Raises:
+        QwenError: a right answer is missing or can't be read as a letter; with `place` and the row.
+    """
+    golds = [row["answer"].strip() for row in rows]
+    if all(gold in ("", "nan") for gold in golds):
+        return [""] * len(golds)
+    if all(gold.isdecimal() for gold in golds):
+        first = _first_number(golds, rows, place)
+        golds = [LETTERS[int(gold) - first] for gold in golds]
+    for number, gold in enumerate(golds, start=1):
+        if not _GOLD.fullmatch(gold):
+            said = f"is {gold!r}, not one of the letters A to D" if gold not in ("", "nan") else "is missing"
+            raise QwenError(f"{place}, row {number}: the right answer {said}")
+    return [_GOLD.fullmatch(gold)[1].upper() for gold in golds]
+
+
+def _first_number(golds: Sequence[str], rows: Sequence[Mapping[str, str]], place: str) -> int:
+    """0 or 1: the number that stands for A."""
+    numbers = [int(gold) for gold in golds]
+    quoted = all(gold in (row[letter].strip() for letter in LETTERS) for gold, row in zip(golds, rows, strict=True))
+    for first in (0, 1):
+        if first in numbers and all(first <= number < first + len(LETTERS) for number in numbers):
+            if not quoted and (first == 0 or first + len(LETTERS) - 1 in numbers):
+                return first
+    raise QwenError(f"{place}: the right answers are numbers ({', '.join(sorted(set(golds))[:5])}), and which stands "
+                    "for A can't be told: write the letters A to D")  # fmt: skip
+
 
 # ---- the standard protocol ----
 

@@ -7,11 +7,11 @@ from decimal import Decimal
 # A minus is a sign only where no word, number or bracket stands before it: 3-2 has no -2. Commas separate groups of
 # three digits only: "10,20" is two numbers.
 NUMBER = re.compile(r"(?:(?<![\w)])-)?[$£€]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?[$£€]?\.\d+")
-STATED = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?|[Aa]nswer:)[\s*]*")
+STATED = re.compile(r"(?:####|\\boxed\{|[Tt]he (?:final )?answer is:?|[Aa]nswer:)[\s*]*")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number right behind the last "The answer is" or `####`, else the last number of all."""
+    """The number right behind the last "The answer is", `####` or `\\boxed{`, else the last number of all."""
     stated = list(STATED.finditer(text))
     match = NUMBER.match(text, stated[-1].end()) if stated else None
     found = [match.group()] if match else NUMBER.findall(text)
@@ -31,11 +31,6 @@ def published_last_number(text: str) -> int | None:
     if not digits or re.fullmatch(r"0+[1-9]\d*", digits[-1]):  # 007 was a syntax error to it
         return None
     return int(digits[-1])
-
-
-def published_gold(answer: str) -> float:
-    """The right answer as that script read it: what follows `####`."""
-    return float(answer.split("#### ")[-1].replace(",", ""))
 
 
 def published_chat_number(text: str) -> float | None:

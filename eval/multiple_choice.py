@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.letters import LETTERS, published_letter, standard_letter
+from eval.letters import LETTERS, published_letter, read_golds, standard_letter
 from eval.scores import by_category, by_group
-from eval.sources import Origin, Row, choose_subjects, load_data, read_hub, read_table
+from eval.sources import Origin, Row, as_text, choose_subjects, load_data, locate, read_hub, read_table
 from eval.task import Prompt, Record, Sample, Score, Task, Verdict
-from qwen import QWenTokenizer
+from qwen import QwenError, QWenTokenizer
 
 SHOTS = 5
 
@@ -28,6 +28,7 @@ class MultipleChoice(Task):
     columns: ClassVar[tuple[str, ...]] = ("question", "A", "B", "C", "D", "answer")
     splits: ClassVar[tuple[str, str]] = ("dev", "test")  # of the shots and of the questions
     chinese = False
+    leaderboard = ""  # where answers go whose right ones are secret
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
@@ -37,7 +38,7 @@ class MultipleChoice(Task):
         self.shots: dict[str, list[Row]] = {}
 
     def file(self, split: str, subject: str) -> Path:
-        return self.args.data / split / f"{subject}_{split}.csv"
+        return locate(self.args.data, f"{split}/{subject}_{split}.csv")
 
     def rows(self, split: str, subject: str) -> list[Row]:
         """Questions of a subject with the keys question, A, B, C, D and answer."""
@@ -47,7 +48,12 @@ class MultipleChoice(Task):
             rows = read_table(
                 self.file(split, subject), self.columns, self.origin, self.header, as_published=self.as_published
             )
-        return [dict(zip(("question", *LETTERS, "answer"), map(row.get, self.columns), strict=True)) for row in rows]
+        rows = [dict(zip(("question", *LETTERS, "answer"), map(row.get, self.columns), strict=True)) for row in rows]
+        place = str(self.file(split, subject)) if self.args.data else f"{self.origin.hub}, {subject}, {split}"
+        for number, (row, gold) in enumerate(zip(rows, read_golds(rows, place), strict=True), start=1):
+            row["question"] = as_text(row["question"], f"{place}, row {number}: question")
+            row["answer"] = gold
+        return rows
 
     def from_hub(self, row: Row) -> Row:
         return row
@@ -67,9 +73,32 @@ class MultipleChoice(Task):
         for subject in self.subjects:
             if not self.chat:
                 self.shots[subject] = self.rows(shots, subject)[:SHOTS]
+                if not all(row["answer"] for row in self.shots[subject]):
+                    raise QwenError(f"{subject}, {shots}: the solved questions have no right answers")
             rows = self.rows(questions, subject)[: self.args.limit]
             samples += [Sample(f"{subject}/{number}", subject, row) for number, row in enumerate(rows)]
+        self.check_answers(samples)
+        self.name_shots()
         return samples
+
+    def check_answers(self, samples: Sequence[Sample]) -> None:
+        """QwenError if some subjects have right answers and others have none; a remark if none has."""
+        given = {sample.group: bool(sample.row["answer"]) for sample in samples}
+        if any(given.values()) and not all(given.values()):
+            without = ", ".join(subject for subject, known in given.items() if not known)
+            raise QwenError(f"{without}: no right answers, where other subjects have them: choose with --subjects")
+        if not any(given.values()):
+            where = f": upload submission.json to {self.leaderboard}" if self.leaderboard else ""
+            self.remarks["right_answers"] = f"none in these data{where or ', see submission.json'}"
+
+    def name_shots(self) -> None:
+        """The title says how many solved questions there are, where a file has fewer than it should."""
+        numbers = [len(rows) for rows in self.shots.values()]
+        if numbers and min(numbers) < SHOTS:
+            few = f"{min(numbers)}-" if min(numbers) == max(numbers) else f"{min(numbers)}- to {max(numbers)}-"
+            self.title = self.title.replace(f"{SHOTS}-", few)
+            short = (f"{subject} ({len(rows)})" for subject, rows in self.shots.items() if len(rows) < SHOTS)
+            self.remarks["fewer_than_five_solved_questions"] = " ".join(short)
 
     def scores(self, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> list[Score]:
         if not all(sample.row["answer"] for sample in samples):
@@ -165,6 +194,7 @@ class Ceval(MultipleChoice):
         hub="ceval/ceval-exam",
     )
     categories_file = "ceval_subjects.json"
+    leaderboard = "https://cevalbenchmark.com"
     average = "macro"
     chinese = True
 
@@ -181,7 +211,7 @@ class Ceval(MultipleChoice):
         return {**super().settings(), "split": self.args.split}
 
     def rows(self, split: str, subject: str) -> list[Row]:
-        """`split` test stands for the chosen one; of the real test set the answers are ""."""
+        """`split` test stands for the chosen one; the real test set has no column of answers: they are ""."""
         split = self.args.split if split == "test" else split
         if split != "test" or self.args.data is None:
             return super().rows(split, subject)
@@ -201,7 +231,7 @@ class Cmmlu(MultipleChoice):
     chinese = True
 
     def file(self, split: str, subject: str) -> Path:
-        return self.args.data / split / f"{subject}.csv"
+        return locate(self.args.data, f"{split}/{subject}.csv")
 
 
 class ChineseFewShot(FewShot):

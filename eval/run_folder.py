@@ -12,13 +12,16 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.task import Record
 from qwen import QwenError
+from qwen.checkpoint import read_json
 from qwen.paths import replacing
+from utils import find_checkpoint
 
 PROBE_BYTES = 1 << 16  # of a large file, at its beginning, middle and end
 
@@ -26,9 +29,14 @@ PROBE_BYTES = 1 << 16  # of a large file, at its beginning, middle and end
 def fingerprint(directory: Path) -> str:
     """A short hash of a checkpoint's files: of small ones all bytes, of weights their sizes and three places.
 
-    Names and dates don't count: a copy has the same fingerprint, another model under the same name has not.
+    Names and dates don't count: a copy has the same fingerprint, another model under the same name has not. An adapter
+    is nothing without its base: the base's fingerprint is part of its own.
     """
     digest = hashlib.sha256()
+    if (directory / "adapter_config.json").is_file():
+        settings = read_json(directory / "adapter_config.json")
+        if base := settings.get("base_model_name_or_path"):
+            digest.update(fingerprint(find_checkpoint(base, revision=settings.get("revision"))).encode())
     weights_and_settings = (".json", ".safetensors", ".bin", ".tiktoken")
     for path in sorted(p for p in directory.iterdir() if p.suffix in weights_and_settings and p.is_file()):
         size = path.stat().st_size
@@ -41,7 +49,20 @@ def fingerprint(directory: Path) -> str:
 
 
 def prompt_hash(ids: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:12]
+    return text_hash(json.dumps(list(ids)))
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def check_writable(directory: Path, flag: str) -> None:
+    """Make a directory and write into it; QwenError, naming the flag, if that can't be done."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise QwenError(f"{flag} {directory} can't be written ({error.strerror}): give another directory") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,8 @@ same file as of one process.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from transformers.utils import logging
 
 from eval.engine import Batch, BatchLimits, Engine, batch_limits, plan_batches
 from eval.report import counts, published, table, versions
-from eval.run_folder import RunFolder, as_lines, fingerprint, prompt_hash, write_json, write_whole
+from eval.run_folder import (
+    RunFolder,
+    as_lines,
+    check_writable,
+    fingerprint,
+    prompt_hash,
+    text_hash,
+    write_json,
+    write_whole,
+)
 from eval.task import Prompt, Record, Sample, Task
 from qwen import QwenError
 from utils import DTYPE_NAMES, add_model_arguments, find_checkpoint, load_from_args
@@ -92,7 +102,8 @@ def run(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()
     state = join_processes(args)
     task = task_class(args)
-    samples = task.load()  # before the model: a missing file should not cost minutes
+    samples = load_samples(task)  # before the model: a missing file should not cost minutes
+    check_writable(args.output, "--output")
     folder = None
     try:
         with state.main_process_first():
@@ -117,6 +128,17 @@ def run(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
         return {}
     folder.merge(records)
     return conclude(task, args, samples, records, settings, folder)
+
+
+def load_samples(task: Task) -> list[Sample]:
+    """The benchmark's samples; QwenError if there are none, or two under one name: answers are kept by it."""
+    samples = task.load()
+    if not samples:
+        raise QwenError(f"{task.title}: the data hold no samples")
+    repeated = [id for id, count in Counter(sample.id for sample in samples).items() if count > 1]
+    if repeated:
+        raise QwenError(f"{task.args.data} has {repeated[0]} more than once: leave one of them out")
+    return samples
 
 
 def join_processes(args: argparse.Namespace) -> PartialState:
@@ -176,7 +198,7 @@ def answer_all(
         for batch in share:
             answers = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
             lines = [
-                {"id": samples[i].id, "prompt": hashes[i], **answer}
+                {"id": samples[i].id, "prompt": hashes[i], "question": text_hash(task.question(samples[i])), **answer}
                 for i, answer in zip(batch.members, answers, strict=True)
             ]
             folder.append(lines)
@@ -214,10 +236,23 @@ def rescore(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
     for name in settings.keys() & vars(args).keys():
         setattr(args, name, settings[name])
     task, answers = task_class(args), folder.answers()
-    samples = [sample for sample in task.load() if sample.id in answers]
+    check_writable(args.rescore, "--rescore")
+    samples = [sample for sample in load_samples(task) if sample.id in answers]
     if not samples:
         raise QwenError(f"{args.rescore} holds no answers to these samples: run without --rescore first")
+    check_questions(task, samples, answers)
     return conclude(task, args, samples, [answers[sample.id] for sample in samples], settings, folder)
+
+
+def check_questions(task: Task, samples: Sequence[Sample], answers: Mapping[str, Record]) -> None:
+    """QwenError if the data ask something else today than what the answers were given to."""
+    known = [sample for sample in samples if "question" in answers[sample.id]]
+    changed = [sample.id for sample in known if answers[sample.id]["question"] != text_hash(task.question(sample))]
+    if changed:
+        raise QwenError(
+            f"{len(changed)} of {len(samples)} questions are others than those that were answered, {changed[0]} for "
+            "one: name the data of that run with -d, or run without --rescore"
+        )
 
 
 def conclude(
@@ -242,16 +277,18 @@ def conclude(
         "versions": versions(),
     }
     write_json(folder.path / "result.json", result)
-    for name, text in task.exports(samples, verdicts).items():
+    exports = task.exports(samples, verdicts)
+    for name, text in exports.items():
         write_whole(folder.path / name, text)
     if args.log_samples:
         log = (
-            {"id": s.id, "question": task.question(s), **r, "read": v.answer, "right": v.gold, "value": v.value,
+            {**r, "id": s.id, "question": task.question(s), "read": v.answer, "right": v.gold, "value": v.value,
              **v.parts, **({"note": v.note} if v.note else {})}
             for s, r, v in zip(samples, records, verdicts, strict=True)
         )  # fmt: skip
         write_whole(folder.path / "log.jsonl", as_lines(log))
-    print(table(f"{task.title}, {args.checkpoint_path}, {settings['protocol']}", scores, published(task.name)))
+    if scores:
+        print(table(f"{task.title}, {args.checkpoint_path}, {settings['protocol']}", scores, published(task.name)))
     figures = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in result["counts"].items())
-    print(f"\n{figures}\n{folder.path}/result.json")
+    print("\n".join(["", figures, *(f"{folder.path}/{name}" for name in (*exports, "result.json"))]))
     return result

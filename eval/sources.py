@@ -32,40 +32,86 @@ def load_data(name: str) -> Any:
     return json.loads((DATA / name).read_text(encoding="utf-8"))
 
 
+def locate(folder: Path, name: str) -> Path:
+    """The file `name` below `folder`, or below the one directory in it that has it, as archives unpack."""
+    path = folder / name
+    if path.exists() or not folder.is_dir():
+        return path
+    inner = sorted(found for pattern in ("*", "*/*") for found in folder.glob(f"{pattern}/{name}"))
+    return inner[0] if len(inner) == 1 else path
+
+
 def read_table(
     path: Path, columns: Sequence[str], origin: Origin, header: bool = True, as_published: bool = False
 ) -> list[Row]:
-    """Rows of a CSV file, every cell as it is written.
+    """Rows of a CSV file by the names in `columns`, every cell as it is written.
+
+    With `header` the file's first line names its columns, in capitals or not, and there may be others. Without, it has
+    these and no other; a first line of names is left out.
 
     `as_published` reads cells as pandas does on its own, as the published scripts did: "None" is nan, 1.50 is 1.5.
+
+    Raises:
+        QwenError: the file is missing, empty or no CSV, or has other columns; with the row where there is one.
     """
-    names: dict[str, Any] = {} if header else {"names": list(columns)}
-    exactly: dict[str, Any] = {} if as_published else {"dtype": str, "keep_default_na": False}
+    grid = read_grid(path, columns, origin, header)
+    first = [str(cell).strip().lower() for cell in grid.iloc[0]]
+    wanted = [column.lower() for column in columns]
+    named = header or (first[0] in ("question", "input") and first[-1] in ("answer", "target", "label"))
+    if header:
+        absent = [column for column in columns if column.lower() not in first]
+        if absent:
+            found = ", ".join(map(str, grid.iloc[0]))
+            raise QwenError(
+                f"{path} has no column {', '.join(absent)} (it has {found}): take the files of {origin.where}"
+            )
+        places = [first.index(column) for column in wanted]
+    elif len(first) != len(columns):
+        raise QwenError(
+            f"{path} has {len(first)} columns, not {len(columns)} ({', '.join(columns)}): take the files of "
+            f"{origin.where}"
+        )
+    else:
+        places = list(range(len(columns)))
+    short = grid[len(columns) - 1].isin([""])  # pandas fills a line that ends early
+    if not header and short.any():
+        raise QwenError(
+            f"{path}, row {int(short.idxmax()) + 1}: fewer than {len(columns)} columns ({', '.join(columns)}), or an "
+            "empty last one"
+        )
+    if as_published:
+        grid = pd.read_csv(path, header=None, skiprows=1 if named else 0, encoding="utf-8-sig")
+    elif named:
+        grid = grid.iloc[1:]
+    if grid.empty:
+        raise QwenError(f"{path} has no rows: download it again from {origin.where}")
+    table = grid[places].set_axis(list(columns), axis=1)
+    return [{name: str(cell) for name, cell in row.items()} for row in table.to_dict("records")]
+
+
+def read_grid(path: Path, columns: Sequence[str], origin: Origin, header: bool) -> pd.DataFrame:
+    """All cells of a CSV file as text, empty where a line ends early."""
     try:
-        table = pd.read_csv(path, **names, **exactly)
+        return pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError:
         raise missing(path, columns, origin, header) from None
-    except (OSError, ValueError) as error:  # not CSV, not UTF-8, empty
+    except pd.errors.EmptyDataError:
+        raise QwenError(f"{path} is empty: download it again from {origin.where}") from None
+    except (OSError, ValueError) as error:  # not CSV, not UTF-8, lines of more columns than the first
         raise QwenError(f"cannot read {path} ({first_line(error)}): download it again from {origin.where}") from error
-    absent = [column for column in columns if column not in table.columns]
-    if absent:
-        found = ", ".join(map(str, table.columns))
-        raise QwenError(f"{path} has no column {', '.join(absent)} (it has {found}): take the files of {origin.where}")
-    short = table[columns[-1]].isin([""]) | table[columns[-1]].isna()
-    if not header and not as_published and short.any():
-        line = int(short.idxmax()) + 1
-        raise QwenError(f"{path}, row {line}: fewer than {len(columns)} columns ({', '.join(columns)})")
-    return [{str(name): str(cell) for name, cell in row.items()} for row in table[list(columns)].to_dict("records")]
 
 
 def read_json_lines(path: Path, columns: Sequence[str], origin: Origin) -> list[Row]:
-    """Objects of a .jsonl or .jsonl.gz file; a plain name is also found with .gz behind it."""
-    if not path.exists() and (packed := path.with_name(path.name + ".gz")).exists():
-        path = packed
+    """Objects of a .jsonl or .jsonl.gz file, whose `columns` are text; numbers become text.
+
+    A plain name is also found with .gz behind it, or in the one directory that holds it.
+    """
+    names = (path.name, path.name + ".gz")
+    path = next((found for name in names if (found := locate(path.parent, name)).exists()), path)
     opener = gzip.open if path.suffix == ".gz" else open
     rows = []
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -76,7 +122,7 @@ def read_json_lines(path: Path, columns: Sequence[str], origin: Origin) -> list[
                 absent = [name for name in columns if not isinstance(row, dict) or name not in row]
                 if absent:
                     raise QwenError(f"{path}, line {number}: no field {', '.join(absent)}; see {origin.where}")
-                rows.append(row)
+                rows.append(row | {name: as_text(row[name], f"{path}, line {number}: {name}") for name in columns})
     except FileNotFoundError:
         raise missing(path, columns, origin, header=True) from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -84,6 +130,15 @@ def read_json_lines(path: Path, columns: Sequence[str], origin: Origin) -> list[
     if not rows:
         raise QwenError(f"{path} is empty: download it again from {origin.where}")
     return rows
+
+
+def as_text(value: Any, place: str) -> str:
+    """Text or a number as text; QwenError for what is neither, or empty."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise QwenError(f"{place} is {json.dumps(value)}: write its text, or leave the line out")
+    return value
 
 
 def missing(path: Path, columns: Sequence[str], origin: Origin, header: bool) -> QwenError:

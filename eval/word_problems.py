@@ -6,6 +6,7 @@ from eval.math_answers import last_number, same_number
 from eval.scores import mean
 from eval.sources import Origin, Row, load_data, read_hub, read_json_lines
 from eval.task import Record, Sample, Score, Task, Verdict
+from qwen import QwenError
 
 ORIGIN = Origin(
     "GSM8K",
@@ -28,10 +29,13 @@ def solved_problems(name: str) -> list[str]:
 class Gsm8k(Task):
     def load(self) -> list[Sample]:
         if self.args.data is None:
-            rows = read_hub(ORIGIN, "main", "test")
+            rows, place = read_hub(ORIGIN, "main", "test"), str(ORIGIN.hub)
         else:
-            path = self.args.data / "test.jsonl" if self.args.data.is_dir() else self.args.data
-            rows = read_json_lines(path, ("question", "answer"), ORIGIN)
+            place = self.args.data / "test.jsonl" if self.args.data.is_dir() else self.args.data
+            rows = read_json_lines(place, ("question", "answer"), ORIGIN)
+        for number, row in enumerate(rows, start=1):
+            if last_number(row["answer"]) is None:
+                raise QwenError(f"{place}, problem {number}: no number in the right answer {row['answer'][-60:]!r}")
         return [Sample(f"gsm8k/{number}", "gsm8k", row) for number, row in enumerate(rows[: self.args.limit])]
 
     def judge(self, sample: Sample, record: Record) -> Verdict:
