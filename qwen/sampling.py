@@ -226,6 +226,9 @@ class Rows:
     min_p: Tensor
     limited: Tensor | None
     all_limited: bool
+    any_top_k: bool
+    any_top_p: bool
+    any_min_p: bool
     repetition: Tensor | None
     presence: Tensor | None
     frequency: Tensor | None
@@ -249,6 +252,9 @@ class Rows:
             min_p=column([float(s.min_p) for s in settings]),
             limited=column([s.limited for s in settings], any(s.limited and not s.greedy for s in settings)),
             all_limited=all(s.limited for s in settings),
+            any_top_k=any(s.top_k > 0 for s in settings),
+            any_top_p=any(s.top_p < 1 for s in settings),
+            any_min_p=any(s.min_p > 0 for s in settings),
             repetition=column(
                 [float(s.repetition_penalty) for s in settings], any(s.repetition_penalty != 1 for s in settings)
             ),
@@ -275,8 +281,7 @@ def draw(scores: Tensor, rows: Rows, numbers: Tensor, size: int) -> tuple[Tensor
     if rows.limited is None:
         return pick_by_number(weights, numbers), None
     kept, tokens, short = keep_likeliest(scores, weights, rows, min(size, scores.shape[-1]))
-    tokens, order = tokens.sort(-1)
-    drawn = tokens.gather(-1, pick_by_number(kept.gather(-1, order), numbers)[:, None])[:, 0]
+    drawn = tokens.gather(-1, pick_by_number(kept, numbers)[:, None])[:, 0]
     if rows.all_limited:
         return drawn, short
     limited = rows.limited[:, 0]
@@ -284,29 +289,39 @@ def draw(scores: Tensor, rows: Rows, numbers: Tensor, size: int) -> tuple[Tensor
 
 
 def keep_likeliest(scores: Tensor, weights: Tensor, rows: Rows, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What top-k, top-p and min-p leave of the weights of the `size` likeliest tokens, these tokens, both (B, size),
-    and whether more tokens are needed to tell (B,)."""
-    _, tokens = likeliest(scores, size)
+    """What top-k, top-p and min-p leave of the weights of the `size` likeliest tokens, these tokens in ascending order,
+    both (B, size), and whether more tokens are needed to tell (B,)."""
+    tokens, order = _by_likelihood(*_highest(scores, size))
     weights = weights.gather(-1, tokens)
-    rank = torch.arange(size, device=scores.device)
-    reached = weights.cumsum(-1)
-    # top-p is a share of what top-k leaves. A token stays while those before it have not reached it.
-    whole = reached.gather(-1, (rows.top_k - 1).clamp(0, size - 1))
-    whole = torch.where(rows.top_k > 0, whole, torch.ones_like(whole))
-    kept = (reached - weights < rows.top_p * whole) | (rows.top_p >= 1)
-    kept &= (rank < rows.top_k) | (rows.top_k == 0)
-    kept &= weights >= rows.min_p * weights[:, :1]
-    kept |= rank == 0  # the likeliest always stays
-    short = (kept.all(-1) | (rows.top_k[:, 0] > size)) & (size < scores.shape[-1])
-    return torch.where(kept, weights, 0.0), tokens, short
+    falling = weights.gather(-1, order)
+    kept = torch.ones_like(falling, dtype=torch.bool)
+    whole: Tensor | float = 1.0
+    too_few = None
+    if rows.any_top_k:
+        kept &= (torch.arange(size, device=scores.device) < rows.top_k) | (rows.top_k == 0)
+        whole = torch.where(rows.top_k > 0, (falling * kept).sum(-1, keepdim=True), 1.0)
+        too_few = rows.top_k[:, 0] > size
+    if rows.any_top_p:  # a share of what top-k leaves: a token stays while those before it have not reached it
+        kept &= (falling.cumsum(-1) - falling < rows.top_p * whole) | (rows.top_p >= 1)
+    if rows.any_min_p:
+        kept &= falling >= rows.min_p * falling[:, :1]
+    kept[:, 0] = True  # the likeliest always stays
+    short = kept.all(-1) if too_few is None else kept.all(-1) | too_few
+    kept = torch.empty_like(kept).scatter_(-1, order, kept)
+    return weights * kept, tokens, short & (size < scores.shape[-1])
 
 
 def likeliest(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The `size` highest of scores (B, V) and their tokens, the likeliest first; of equals the lowest token first."""
-    values, tokens = _highest(scores, size)
+    tokens, order = _by_likelihood(*_highest(scores, size))
+    tokens = tokens.gather(-1, order)
+    return scores.gather(-1, tokens), tokens
+
+
+def _by_likelihood(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens in ascending order, and their order by falling values; equals stay in ascending order."""
     tokens, order = tokens.sort(-1)
-    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return values, tokens.gather(-1, order)
+    return tokens, values.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
 
 
 def _highest(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
