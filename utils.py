@@ -7,6 +7,7 @@ import argparse
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,15 +20,14 @@ from demo_checkpoint import ensure_demo_checkpoint
 from hub import HUBS, fetch_checkpoint
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
 from qwen.checkpoint import check_architecture, read_json
-from qwen.configuration_qwen import torch_reads
+from qwen.configuration_qwen import DTYPES, torch_reads
 from qwen.cpu import load_kernels
 from qwen.errors import first_line
-from qwen.hardware import computes_bf16, hardware
+from qwen.hardware import computes_bf16, describe_gpu_trouble, hardware
 from qwen.int4 import check_quantization, describe_kernel, replace_linears
 from tensor_parallel import ParallelQWen, join_processes, leader_first, load_parallel
 
 DEFAULT_CHECKPOINT = "Qwen/Qwen-7B-Chat"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -294,6 +294,8 @@ def choose_device(device: str | torch.device = "auto") -> str:
     """A device that is there: the given one, or the best; QwenError if the given one is not there."""
     best = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if str(device) == "auto":
+        if best == "cpu" and (trouble := describe_gpu_trouble()):
+            warnings.warn(f"{trouble}; running on the CPU until then", stacklevel=3)
         return best
     try:
         wanted = torch.device(device)
@@ -302,8 +304,14 @@ def choose_device(device: str | torch.device = "auto") -> str:
     if wanted.type not in ("cpu", "meta"):
         count = torch.accelerator.device_count() if wanted.type == best else 0
         if (wanted.index or 0) >= count:
-            found = f"{count} {wanted.type} device(s)" if count else f"no {wanted.type} device"
-            raise QwenError(f"--device {device}: PyTorch finds {found} here; use --device auto or --cpu-only")
+            found = (
+                f"PyTorch finds {count} {wanted.type} device(s) here"
+                if count
+                else f"PyTorch finds no {wanted.type} device here"
+            )
+            if wanted.type == "cuda" and not count:
+                found = describe_gpu_trouble() or found
+            raise QwenError(f"--device {device}: {found}; use --device auto or --cpu-only")
     return str(device)
 
 

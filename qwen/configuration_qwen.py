@@ -6,18 +6,32 @@ Field names are the checkpoint's own, so the file rules: there is no `rope_scali
 import os
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .checkpoint import check_model_type
+from .errors import QwenError
 
 # The `quant_method`, in memory, of GPTQ checkpoints that PyTorch alone can run (int4.py). In config.json it is "gptq",
 # and when transformers reads that it asks for other packages.
 TORCH_GPTQ = "gptq_torch"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROUP_SIZES = (32, 64, 128, 256)
 CODE_FIELDS = (
     "custom_pipelines",
 )  # of config.json: classes in the files of the checkpoint, which pipeline() would run
+
+
+def read_dtype(dtype: Any) -> Any:
+    """A precision under any of its names ("bf16", "torch.bfloat16"); what is no text, or "auto", as it is."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    name = dtype.removeprefix("torch.")
+    found = DTYPES.get(name, getattr(torch, name, None))
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise QwenError(f"dtype is {dtype!r}: write auto, bfloat16, float16 or float32")
+    return found
 
 
 def torch_reads(quantization: dict[str, Any]) -> bool:
@@ -130,6 +144,8 @@ class QWenConfig(PreTrainedConfig):
         """
         check_model_type({"model_type": cls.model_type, **config_dict}, str(kwargs.get("name_or_path", "config.json")))
         config_dict = {name: value for name, value in config_dict.items() if name not in CODE_FIELDS}
+        for values in (config_dict, kwargs):
+            values.update({name: read_dtype(values[name]) for name in ("dtype", "torch_dtype") if name in values})
         for name, kind in cls.__annotations__.items():
             value = config_dict.get(name)
             if kind is float and type(value) is int:

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from .checkpoint import CODE_KEYWORDS
 from .configuration_qwen import QWenConfig
+from .keywords import HUB_KEYWORDS
 from .tokenization_qwen import VOCAB_FILE, QWenTokenizer
 
 ONLY_AUTO = (*CODE_KEYWORDS, "config", "use_fast", "tokenizer_type", "mistral_format")
 GUARDED = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def is_qwen(source: str | os.PathLike, kwargs: dict[str, Any]) -> bool:

@@ -83,6 +83,8 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
         if stop_words_ids:
             check_stop_words_ids(stop_words_ids, "generate()")
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopSequences(stop_words_ids)])
+        if "max_length" in kwargs and generation_config is None:  # over the max_new_tokens of the checkpoint's settings
+            kwargs.setdefault("max_new_tokens", None)
         generate = partial(
             super().generate, inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
         )

@@ -12,8 +12,10 @@ threads   how many threads compute
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -25,6 +27,13 @@ X86_LEVELS = {  # instructions beyond the level below, by torch.cpu's names
     "v3": ("avx2", "fma3", "bmi", "bmi2", "f16c", "lzcnt"),
     "v4": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"),
 }
+OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # by CUDA's major version (NVIDIA, "CUDA Compatibility")
+DRIVER_FILE, MEMORY_FILE = Path("/proc/driver/nvidia/version"), Path("/proc/meminfo")
+CGROUP_FILES = tuple(  # limit and use, of version 2 and version 1
+    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+)  # fmt: skip
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last is ARM's
 
 
@@ -89,6 +98,56 @@ def computes_bf16(device: str) -> bool:
     if kind == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     return hardware().bf16 if kind == "cpu" else True
+
+
+def explain_missing_gpu() -> str:
+    """Why PyTorch finds no GPU (or too few): there is none, or it and its driver don't fit."""
+    if count := torch.cuda.device_count():
+        return f"PyTorch finds {count} GPU(s) here"
+    return describe_gpu_trouble() or "PyTorch finds no GPU here"
+
+
+def describe_gpu_trouble() -> str | None:
+    """What keeps PyTorch from using the NVIDIA GPU whose driver is installed; None where nothing does."""
+    driver = nvidia_driver()
+    if driver is None or torch.cuda.is_available():
+        return None
+    cuda = torch.version.cuda
+    if cuda is None:
+        return (
+            f"an NVIDIA driver ({driver}) is installed, but this PyTorch is built for CPUs only: install the build for "
+            "GPUs (pip install --force-reinstall -c constraints.txt torch)"
+        )
+    needed = OLDEST_DRIVERS.get(int(cuda.split(".")[0]))
+    if needed is not None and int(driver.split(".")[0]) < needed:
+        return (
+            f"the NVIDIA driver {driver} is too old for this PyTorch, which is built for CUDA {cuda}: install driver "
+            f"{needed} or newer, or a PyTorch for an older CUDA (pytorch.org)"
+        )
+    return f"PyTorch (CUDA {cuda}) can't use the GPU of the NVIDIA driver {driver}: see whether nvidia-smi finds it"
+
+
+def nvidia_driver() -> str | None:
+    """The version of the installed NVIDIA driver, such as 535.161.08; None without one (or not on Linux)."""
+    try:
+        found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER_FILE.read_text())
+    except OSError:
+        return None
+    return found[0] if found else None
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are to be had without swapping, under the container's limit; None if unknown."""
+    try:
+        available = int(re.search(r"MemAvailable:\s+(\d+) kB", MEMORY_FILE.read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return None
+    for limit, used in CGROUP_FILES:
+        try:
+            available = min(available, max(0, int(limit.read_text()) - int(used.read_text())))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return available
 
 
 def _capabilities() -> dict[str, object]:

@@ -9,7 +9,6 @@ prompts longer than the training length, logn scales late queries, and window at
 
 import math
 import os
-import warnings
 from pickle import UnpicklingError
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.masking_utils import create_causal_mask, sliding_window_overla
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple, is_flash_attn_2_available
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -35,6 +34,7 @@ from .cpu import CpuDecoder, load_kernels
 from .errors import QwenError
 from .generation import QWenGenerationMixin
 from .int4 import check_layers  # importing it also tells transformers how to load Int4 checkpoints
+from .keywords import translate_keywords
 from .loss import LMHead
 from .push_code import push_code_to
 from .settings import prepare, saveable
@@ -224,8 +224,7 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as transformers does; also takes the published keywords bf16, fp16, fp32, use_flash_attn
-        and use_cache_quantization.
+        """Load a checkpoint as transformers does; also takes the keywords published over the years (see keywords.py).
 
         Raises:
             QwenError: a file of a local directory is missing, truncated or a git-lfs pointer, or weights are missing.
@@ -234,8 +233,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         kwargs = without_code(kwargs)
         check_weight_files(pretrained_model_name_or_path, kwargs)
         quantize_cache = kwargs.pop("use_cache_quantization", False)
-        kwargs.pop("use_cache_kernel", None)  # the publisher's kernel for it
-        translate_legacy_keywords(kwargs)
+        translate_keywords(kwargs, pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
@@ -277,26 +275,6 @@ class QWenPreTrainedModel(PreTrainedModel):
                 self.generation_config = own
         if push_code:
             push_code_to(save_directory)
-
-
-def translate_legacy_keywords(kwargs: dict[str, Any]) -> None:
-    """Turn the published keywords into `dtype` and `attn_implementation`, in place.
-
-    AutoModel writes keywords that config.json knows into the config before the model sees them: look at both places.
-    """
-    config = kwargs.get("config")
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-        asked = kwargs.pop(name, False) or getattr(config, name, False)
-        if asked and "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", dtype)
-        if hasattr(config, name):
-            setattr(config, name, False)  # done: a saved copy must not force its type on whoever loads it
-    use_flash_attn = kwargs.pop("use_flash_attn", getattr(config, "use_flash_attn", "auto"))
-    if use_flash_attn is True and "attn_implementation" not in kwargs:
-        if is_flash_attn_2_available():
-            kwargs["attn_implementation"] = "flash_attention_2"
-        else:
-            warnings.warn("use_flash_attn=True: flash_attn is not installed here, using PyTorch's SDPA", stacklevel=4)
 
 
 class QWenModel(QWenPreTrainedModel):

@@ -19,6 +19,7 @@ from .chatml import CHAT_TEMPLATE, encode_with_mask
 from .checkpoint import check_vocabulary
 from .errors import QwenError
 from .history import plain_messages
+from .keywords import translate_hub_keywords
 from .offsets import fit_row, token_offsets
 from .push_code import push_code_to
 
@@ -120,6 +121,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but say of a local directory without vocabulary what is missing (QwenError)."""
+        translate_hub_keywords(kwargs)
         if os.path.isdir(pretrained_model_name_or_path) and not kwargs.get("subfolder"):
             check_vocabulary(os.path.join(pretrained_model_name_or_path, VOCAB_FILE))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
