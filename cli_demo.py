@@ -27,7 +27,6 @@ from cli.terminal import (
     stop_on_interrupt,
 )
 from cli.texts import LANGUAGES, Texts, default_language
-from qwen.chatml import DEFAULT_SYSTEM
 from tensor_parallel import ParallelQWen, is_leader
 from utils import add_model_arguments, describe_placement, load_from_args, run_script
 
@@ -39,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     group = parser.add_argument_group("chat")
     group.add_argument("-s", "--seed", type=seed_number, metavar="N", help="makes a chat repeatable (default: random)")
-    group.add_argument("--system", default=DEFAULT_SYSTEM, metavar="TEXT", help="system message (default: %(default)s)")
+    group.add_argument("--system", metavar="TEXT", help="system message (default: the checkpoint's)")
     group.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest reply (default: the checkpoint's)")
     group.add_argument(
         "--prompt-lookup", type=positive, metavar="N",

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from hub import HUBS
 from qwen import QWenTokenizer
-from qwen.chatml import complete_eos_ids
+from qwen.chatml import complete_eos_ids, template_system
 from qwen.checkpoint import check_weight_files, list_weight_files, read_json
 from qwen.errors import QwenError
 from qwen.fast_tokenizer import restore_vocabulary, save_fast_tokenizer
@@ -117,7 +117,7 @@ def convert_back(source: Path, target: Path, shard_bytes: float) -> None:
         if kept.is_file():
             shutil.copyfile(kept, target / name)
     if not (target / "tokenizer_config.json").is_file():
-        write_json(target / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer"})
+        write_json(target / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer", **told_system(source)})
     if not (target / "generation_config.json").is_file() and (source / "generation_config.json").is_file():
         generation = read_json(source / "generation_config.json")
         is_chat = (source / "chat_template.jinja").is_file() or "chat_template" in read_json(
@@ -130,6 +130,15 @@ def convert_back(source: Path, target: Path, shard_bytes: float) -> None:
     if zero_biases:
         pairs = with_zero_biases(pairs)
     write_shards(pairs, target, shard_bytes, files.total_bytes)
+
+
+def told_system(source: Path) -> dict[str, str]:
+    """The default system message as a setting of the tokenizer, if the chat template is one of this package's."""
+    path = source / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else read_json(
+        source / "tokenizer_config.json").get("chat_template")  # fmt: skip
+    system = template_system(template) if isinstance(template, str) else None
+    return {} if system is None else {"default_system": system}
 
 
 def with_zero_biases(pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers  # its trainer, looked up where it is used, imports bitsandbytes, which must find qwen imported
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
 from demo_checkpoint import ensure_demo_checkpoint
@@ -64,7 +64,7 @@ def train(settings: Settings) -> int:
     data, training = settings.data, settings.training
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, about each other
-    set_seed(training.seed)
+    transformers.set_seed(training.seed)
     resume = find_resumable(prepare_output(training), training.resume_from_checkpoint)
     check_output(Path(training.output_dir), settings.model.model_name_or_path, settings.lora.use_lora)
     names = [data.data_path, [data.eval_data_path] if data.eval_data_path else []]
@@ -93,7 +93,7 @@ def train(settings: Settings) -> int:
         base=base_name(settings),
     )
     stopper, progress = StopOnSignal(), Progress(trainer)
-    for shown_otherwise in (ProgressCallback, PrinterCallback):
+    for shown_otherwise in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(shown_otherwise)
     for callback in (progress, Watch(), stopper):
         trainer.add_callback(callback)
@@ -218,7 +218,7 @@ def finish(
         raise QwenError("no step was made: look at --max_steps, --num_train_epochs and the number of samples")
     if trainer.eval_dataset is not None:
         trainer.evaluate()
-    if isinstance(trainer.model, PreTrainedModel) and not stage(training):
+    if isinstance(trainer.model, transformers.PreTrainedModel) and not stage(training):
         trainer.model.to(DTYPES[training.precision])  # as it was computed with; checkpoints keep float32
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import enable_progress_bars
+from transformers.utils import logging
 
 from demo_checkpoint import ensure_demo_checkpoint
 from hub import HUBS, fetch_checkpoint
@@ -97,6 +99,9 @@ def compile_for_gpu(model: QWenLMHeadModel) -> None:
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit: a user's mistake ends in one sentence and status 1, Ctrl-C in status 130."""
     program = Path(sys.argv[0]).name
+    if sys.stderr is None or not sys.stderr.isatty():
+        logging.disable_progress_bar()  # of reading weights, which in a pipe is litter
+        enable_progress_bars()  # of downloads, which the line before switched off as well
     try:
         hardware()  # QWEN_HARDWARE holds for all that follows, and a mistake in it is told before anything else
         status = main()

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import GenerationConfig
 
 from qwen.chat import Reply, reply_config
-from qwen.chatml import DEFAULT_SYSTEM, Turn
+from qwen.chatml import Turn
 from qwen.errors import first_line
 
 from .display import Display
 from .texts import Texts
 
-SEEDS = 2**32  # numpy, which set_seed also seeds, takes no larger ones
+SEEDS = 2**32
 
 Interruptible = Callable[[], contextlib.AbstractContextManager[threading.Event | None]]
 
@@ -52,7 +52,7 @@ class ChatSession:
     display: Display
     texts: Texts
     seed: int = field(default_factory=lambda: secrets.randbelow(SEEDS))
-    system: str = DEFAULT_SYSTEM
+    system: str | None = None  # None becomes the checkpoint's default
     interruptible: Interruptible = contextlib.nullcontext  # gives the event that stops a reply
     config: GenerationConfig = field(init=False)
     history: list[Turn] = field(default_factory=list)
@@ -63,6 +63,7 @@ class ChatSession:
 
     def __post_init__(self) -> None:
         self.config = self.own_config()
+        self.system = self.tokenizer.default_system if self.system is None else self.system
 
     def own_config(self) -> GenerationConfig:
         """The checkpoint's settings, in a new object."""
@@ -87,7 +88,7 @@ class ChatSession:
         self.display.say(self.texts("error", message=message), style="red")
 
     def _generate(self, query: str, history: list[Turn]) -> Reply | None:
-        set_seed(self.seed)
+        torch.manual_seed(self.seed)
         self.seed = (self.seed + 1) % SEEDS
         self.stopped = False
         reply, first, total = None, 0.0, 0.0

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import set_seed
 from transformers.utils import logging
 
 from eval.engine import Batch, BatchLimits, Engine, batch_limits, plan_batches
@@ -97,7 +97,7 @@ def run(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
         raise QwenError("--tp is not for evaluation: start several processes, each has the whole model and its share")
     if args.rescore:
         return rescore(task_class, args)
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     state = join_processes(args)

@@ -16,7 +16,8 @@ from .gate import guard_auto_classes
 from .modeling_qwen import QWenLMHeadModel, QWenModel
 from .tokenization_qwen import QWenTokenizer
 
-# It warns at import, whoever imports it, of a package that only its 4-bit products on CPUs would use.
+# It warns at import of a package that only its 4-bit products on CPUs would use, and peft imports it wherever it is
+# installed: so whoever imports peft, or transformers' trainer, imports this package first.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = ["QWenConfig", "QWenLMHeadModel", "QWenModel", "QWenTokenizer", "QwenError"]

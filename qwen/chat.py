@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
-from .chatml import DEFAULT_SYSTEM, DEFAULT_WINDOW, Prompt, Turn, build_prompt, make_context, stop_sequences
+from .chatml import DEFAULT_WINDOW, Prompt, Turn, build_prompt, make_context, stop_sequences
 from .errors import QwenError
 from .history import check_history
 from .reply import Reply, ReplyDecoder, StopWord
@@ -258,7 +258,8 @@ class ChatMixin:
     """The chat methods of QWenLMHeadModel, with the published signatures.
 
     Keyword arguments that GenerationConfig knows (temperature, top_p, max_new_tokens, ...) change this call only.
-    `temperature=0` is greedy. `stop_words_ids` takes words as ids or as text; ChatML's own stops always hold.
+    `temperature=0` is greedy. `system` None is the checkpoint's default message. `stop_words_ids` takes words as ids or
+    as text; ChatML's own stops always hold.
     """
 
     def chat(
@@ -266,7 +267,7 @@ class ChatMixin:
         tokenizer: "QWenTokenizer",
         query: str,
         history: Sequence[Turn] | None = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = None,
         append_history: bool = True,
         stream: None = None,
         stop_words_ids: Sequence[StopWord] | None = None,
@@ -287,7 +288,7 @@ class ChatMixin:
         tokenizer: "QWenTokenizer",
         query: str,
         history: Sequence[Turn] | None = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = None,
         stop_words_ids: Sequence[StopWord] | None = None,
         generation_config: GenerationConfig | None = None,
         cancel: threading.Event | None = None,
@@ -304,7 +305,7 @@ class ChatMixin:
         tokenizer: "QWenTokenizer",
         queries: Sequence[str],
         histories: Sequence[Sequence[Turn]] | None = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = None,
         stop_words_ids: Sequence[StopWord] | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,

@@ -4,6 +4,8 @@ Role, newline and content are encoded apart, and text never becomes a control to
 typed ten characters. So the ids made here are the only way in which prompts are built.
 """
 
+import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,16 +17,16 @@ if TYPE_CHECKING:
 
     from .tokenization_qwen import QWenTokenizer
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
+DEFAULT_SYSTEM = "You are a helpful assistant."  # Qwen-7B-Chat's; a tokenizer's `default_system` may be another
 DEFAULT_WINDOW = 6144  # tokens of system and history; what the first release of Qwen-7B-Chat set
 
 Turn = tuple[str, str]  # a query and its reply
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
-# For other engines and for plain text; this package encodes the segments apart, see `encode_messages`.
-CHAT_TEMPLATE = (
-    "{%- if messages[0]['role'] != 'system' -%}"
-    f"{{{{ '<|im_start|>system\\n{DEFAULT_SYSTEM}<|im_end|>\\n' }}}}"
+# The chat template, up to the default system message and after it.
+TEMPLATE_HEAD = "{%- if messages[0]['role'] != 'system' -%}{{ '<|im_start|>system\\n"
+TEMPLATE_TAIL = (
+    "<|im_end|>\\n' }}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
@@ -36,6 +38,21 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>assistant\\n' }}"
     "{%- endif -%}"
 )
+
+
+def chat_template(default_system: str) -> str:
+    """ChatML in Jinja, for other engines and plain text; this package encodes the segments apart, `encode_messages`."""
+    literal = json.dumps(default_system, ensure_ascii=False)[1:-1].replace("'", "\\'")
+    return f"{TEMPLATE_HEAD}{literal}{TEMPLATE_TAIL}"
+
+
+def template_system(template: str) -> str | None:
+    """The default system message of a template that `chat_template` made; None if another made it."""
+    found = re.fullmatch(rf"{re.escape(TEMPLATE_HEAD)}((?:[^'\\]|\\.)*){re.escape(TEMPLATE_TAIL)}", template)
+    try:
+        return json.loads('"' + found[1].replace("\\'", "'") + '"') if found else None
+    except ValueError:  # edited by hand, in Jinja's words
+        return None
 
 
 def encode_block(tokenizer: "QWenTokenizer", role: str, content: str, closed: bool = True) -> list[int]:
@@ -51,7 +68,7 @@ def encode_messages(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> list[int]:
-    """Ids of a conversation; the default system message goes first where the messages bring none.
+    """Ids of a conversation; the checkpoint's default system message goes first where the messages bring none.
 
     `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open instead.
     """
@@ -66,7 +83,7 @@ def encode_with_mask(
 ) -> tuple[list[int], list[int]]:
     """`encode_messages`, and a mask that is 1 where the assistant writes: its texts and what ends them."""
     if not messages or messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
+        messages = [{"role": "system", "content": tokenizer.default_system}, *messages]
     newline = tokenizer.encode_text("\n")
     ids: list[int] = []
     mask: list[int] = []
@@ -117,23 +134,23 @@ def build_prompt(
     tokenizer: "QWenTokenizer",
     query: str,
     history: Sequence[Turn] | None = None,
-    system: str | None = DEFAULT_SYSTEM,
+    system: str | None = None,
     max_window_size: int = DEFAULT_WINDOW,
     chat_format: str = "chatml",
 ) -> Prompt:
     """The prompt for `query`: the history is cut to the window, the query never is.
 
-    `chat_format` "raw" (base models) is the query alone. A history of messages may begin with a system message, which
-    holds where `system` is the default; None stands for the default.
+    `chat_format` "raw" (base models) is the query alone. Where `system` is None, the message that a history of messages
+    begins with holds, else the checkpoint's default.
 
     Raises:
-        QwenError: query or history is of another shape.
+        QwenError: query, history or system is of another shape.
     """
     check_text(query, "query")
     own_system, history = check_history(history)
-    system = check_text(DEFAULT_SYSTEM if system is None else system, "system")
-    if own_system is not None and system == DEFAULT_SYSTEM:
-        system = own_system
+    if system is None:
+        system = tokenizer.default_system if own_system is None else own_system
+    check_text(system, "system")
     if chat_format == "raw":
         return Prompt(query, tokenizer.encode_text(query), dropped_turns=0)
     if chat_format != "chatml":
@@ -152,7 +169,7 @@ def make_context(
     tokenizer: "QWenTokenizer",
     query: str,
     history: Sequence[Turn] | None = None,
-    system: str = DEFAULT_SYSTEM,
+    system: str | None = None,
     max_window_size: int = DEFAULT_WINDOW,
     chat_format: str = "chatml",
 ) -> tuple[str, list[int]]:

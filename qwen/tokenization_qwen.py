@@ -15,10 +15,10 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from transformers.utils import logging
 
-from .chatml import CHAT_TEMPLATE, encode_with_mask
+from .chatml import DEFAULT_SYSTEM, chat_template, encode_with_mask, template_system
 from .checkpoint import check_vocabulary
 from .errors import QwenError
-from .history import plain_messages
+from .history import check_text, plain_messages
 from .keywords import translate_hub_keywords
 from .offsets import fit_row, token_offsets
 from .push_code import push_code_to
@@ -73,15 +73,23 @@ class QWenTokenizer(PreTrainedTokenizer):
         errors: what to do with broken UTF-8 when decoding, as in `bytes.decode`; each call may say otherwise.
         extra_vocab_file: more regular tokens in the same format, their ids above all control tokens. A token that
             exists or an id that is taken is skipped with a warning. Every merge on the way to a token must exist.
+        default_system: the system message of chats that bring none; kept in tokenizer_config.json. None is Qwen's.
     """
 
     vocab_files_names = {"vocab_file": VOCAB_FILE}
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
-        self, vocab_file: str, errors: str = "replace", extra_vocab_file: str | None = None, **kwargs: Any
+        self,
+        vocab_file: str,
+        errors: str = "replace",
+        extra_vocab_file: str | None = None,
+        default_system: str | None = None,
+        **kwargs: Any,
     ) -> None:
         self.errors = errors
+        self.default_system = DEFAULT_SYSTEM if default_system is None else default_system
+        check_text(self.default_system, "default_system (in tokenizer_config.json)")
         self.mergeable_ranks = load_ranks(vocab_file)
         start = first_free_id(self.mergeable_ranks)
         self.special_tokens = {token: start + i for i, token in enumerate(SPECIAL_TOKENS)}
@@ -98,14 +106,17 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.special_ids = frozenset(self.special_tokens.values())
 
         kwargs.pop("added_tokens_decoder", None)  # the control tokens are fixed; a saved list of them adds nothing
-        kwargs.setdefault("chat_template", CHAT_TEMPLATE)
+        own = chat_template(self.default_system)
+        template = kwargs.setdefault("chat_template", own)
+        if isinstance(template, str) and template_system(template) is not None:
+            kwargs["chat_template"] = own  # where one was saved, and the default system message edited since
         for role in ("eos_token", "pad_token"):  # the publisher's has neither, and collators and pipelines want both
             if kwargs.get(role) is None:
                 kwargs[role] = SPECIAL_TOKENS[0]
         self._added_tokens_decoder = {
             i: AddedToken(token, special=True, normalized=False) for token, i in self.special_tokens.items()
         }
-        super().__init__(errors=errors, **kwargs)
+        super().__init__(errors=errors, default_system=self.default_system, **kwargs)
 
     def _add_ranks(self, extra_vocab_file: str) -> None:
         taken = {*self.mergeable_ranks.values(), *self.special_tokens.values()}
@@ -275,7 +286,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         single = isinstance(conversation, Sequence) and bool(conversation) and isinstance(conversation[0], dict)
         chats = [plain_messages(each) for each in ([conversation] if single else conversation)]
         template = kwargs.get("chat_template") or self.chat_template
-        if not tokenize or args or kwargs.get("tools") or kwargs.get("documents") or template != CHAT_TEMPLATE:
+        other = template != chat_template(self.default_system)
+        if not tokenize or args or kwargs.get("tools") or kwargs.get("documents") or other:
             kwargs.setdefault("sanitize_control_tokens", tokenize)
             return super().apply_chat_template(
                 chats[0] if single else chats,

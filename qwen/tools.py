@@ -17,7 +17,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from .chat import generate_replies, reply_config, reply_stops
-from .chatml import DEFAULT_SYSTEM, Message, Turn, encode_messages, history_window
+from .chatml import Message, Turn, encode_messages, history_window
 from .errors import QwenError, first_line
 from .react import ReactParser, ToolCall, join_deltas
 
@@ -241,7 +241,7 @@ def run_with_tools(
     tools: Sequence[ToolLike],
     max_rounds: int = 5,
     history: Sequence[Turn] | None = None,
-    system: str = DEFAULT_SYSTEM,
+    system: str | None = None,
     generation_config: GenerationConfig | None = None,
     on_step: Callable[[ToolStep], Any] = lambda step: None,
     **kwargs: Any,
@@ -252,6 +252,7 @@ def run_with_tools(
 
     Args:
         max_rounds: replies of the model, at most.
+        system: the system message; None is the checkpoint's default.
         on_step: is told every call and its result.
         kwargs: settings of the generation, as for `model.chat`.
     """
@@ -260,6 +261,7 @@ def run_with_tools(
         raise QwenError(f"the tool {missing[0]} has no function to call: give a Python function, or Tool(function=...)")
     config = reply_config(model, generation_config, kwargs)
     stops = [*reply_stops(tokenizer, config, None), STOP_WORD]
+    system = tokenizer.default_system if system is None else system
     kept = [turn for turn, _ in history_window(tokenizer, history or [], system, config.max_window_size)]
     messages: list[Message] = [{"role": "system", "content": system}]
     for question, answer in kept:

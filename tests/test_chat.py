@@ -154,7 +154,7 @@ def test_batch_equals_single_replies(demo: tuple) -> None:
 def test_dropped_turns_are_told(demo: tuple) -> None:
     model, tokenizer = demo
     history = [("first", "1"), ("second", "2")]
-    reply, _ = model.chat(tokenizer, "Hi", history, max_window_size=25, max_new_tokens=1)
+    reply, _ = model.chat(tokenizer, "Hi", history, "Be a helpful one.", max_window_size=25, max_new_tokens=1)
     assert reply.dropped_turns == 1
     *_, reply = model.chat_stream(tokenizer, "Hi", history, max_window_size=5, max_new_tokens=1)
     assert reply.dropped_turns == 2

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import gguf
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -230,11 +231,11 @@ def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.delenv("QWEN_CACHE_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert demo.demo_checkpoint_dir() == Path("/home/me/.cache/qwen-7b/demo-v1")
+    assert demo.demo_checkpoint_dir() == Path("/home/me/.cache/qwen-7b/demo-v3")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert demo.demo_checkpoint_dir() == Path("/xdg/qwen-7b/demo-v1")
+    assert demo.demo_checkpoint_dir() == Path("/xdg/qwen-7b/demo-v3")
     monkeypatch.setenv("QWEN_CACHE_HOME", "~/models")
-    assert demo.demo_checkpoint_dir() == Path("/home/me/models/demo-v1")
+    assert demo.demo_checkpoint_dir() == Path("/home/me/models/demo-v3")
 
 
 # ---- what it says ----
@@ -519,3 +520,36 @@ def test_ctrl_c_ends_pip_and_cleans_up(tmp_path: Path, no_pip_settings: None, mo
                 pass
     assert process.returncode != 0
     assert {path.name for path in tmp_path.iterdir()} == {"demo.lock"}
+
+
+# ---- its settings, and what it replaces ----
+
+
+def test_settings(built: Path, built_tokenizer: QWenTokenizer) -> None:
+    settings = GenerationConfig.from_pretrained(built)
+    assert (settings.temperature, settings.repetition_penalty, settings.do_sample) == (0.2, 1.0, True)
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # of the source's chat template
+    assert built_tokenizer.default_system == system
+    expected = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert built_tokenizer.decode(chat_ids(built_tokenizer, "Hi")) == expected
+
+
+def test_older_ones_are_deleted_with_care(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN_CACHE_HOME", str(tmp_path))
+
+    def fill(directory: Path, *more: str) -> None:
+        directory.mkdir()
+        for name in (*demo.FILES, *more):
+            (directory / name).touch()
+
+    number = demo.format_number(demo.FORMAT)
+    whole, mine, building, later = (tmp_path / f"demo-v{i}" for i in (number - 1, number - 2, 0, number + 1))
+    for directory in (whole, building, later, tmp_path / "demo-video", tmp_path / "else"):
+        fill(directory)
+    fill(mine, "notes.txt")
+    with FileLock(tmp_path / "demo-v0.lock"):
+        monkeypatch.setattr(demo, "_build", lambda directory, wheel, progress: fill(directory))
+        assert ensure_demo_checkpoint(progress=False).name == demo.FORMAT
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == {demo.FORMAT, mine.name, building.name, later.name, "demo-video", "else"}
+    assert len(list(mine.iterdir())) == len(demo.FILES) + 1

@@ -375,7 +375,7 @@ def test_evaluation_loss_is_that_of_all_tokens(work: dict[str, str], base: Path,
     model, tokenizer = load_model_and_tokenizer(output, device="cpu", dtype="fp32")
     total = count = 0.0
     for question, answer in ROWS:
-        prompt = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        prompt = f"<|im_start|>system\n{tokenizer.default_system}<|im_end|>\n<|im_start|>user\n"
         prompt += f"{question}<|im_end|>\n<|im_start|>assistant\n"
         start, ids = len(tokenizer.encode(prompt)), torch.tensor([tokenizer.encode(f"{prompt}{answer}<|im_end|>")])
         with torch.no_grad():

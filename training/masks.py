@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from qwen import QWenTokenizer
-from qwen.chatml import DEFAULT_SYSTEM, encode_block
+from qwen.chatml import encode_block
 from qwen.loss import IGNORED
 
 from .samples import Conversation, Message, Text
@@ -49,7 +49,7 @@ def encode_conversation(
     """
     messages = conversation.messages
     if messages[0].role != "system":
-        messages = (Message("system", DEFAULT_SYSTEM), *messages)
+        messages = (Message("system", tokenizer.default_system), *messages)
     if not any(message.role == "assistant" and message.train for message in messages):
         return Sample("no reply")
     tokens, fate, start, end = _Tokens(), "whole", 0, 0

@@ -10,7 +10,6 @@ import gradio as gr
 
 from cli.texts import Texts
 from qwen import QwenError
-from qwen.chatml import DEFAULT_SYSTEM
 
 from .conversation import Exchange, from_saved, to_history, to_json, to_markdown, to_messages, to_saved
 from .replies import Progress, Replier, Settings
@@ -104,7 +103,7 @@ class ChatPage:
         inputs: list[Any] = []
         with gr.Accordion(texts("settings"), open=False, elem_id="settings"):
             system = gr.Textbox(
-                DEFAULT_SYSTEM, label=texts("system"), info=texts("system_info"), lines=2, elem_id="system"
+                defaults.system, label=texts("system"), info=texts("system_info"), lines=2, elem_id="system"
             )
             with gr.Row():
                 for name, (low, high, step) in ranges.items():
@@ -120,7 +119,7 @@ class ChatPage:
                 )
             reset = gr.Button(texts("reset"), size="sm", elem_id="reset")
         inputs.append(system)
-        values = [*(getattr(defaults, name) for name in ranges), "", DEFAULT_SYSTEM]
+        values = [*(getattr(defaults, name) for name in ranges), "", defaults.system]
         reset.click(lambda: values, None, inputs, api_visibility="private", show_progress="hidden")
         return inputs
 

@@ -13,7 +13,7 @@ from api.errors import ApiError
 from api.replies import Replies
 from qwen import QwenError
 from qwen.chat import reply_config, reply_stops
-from qwen.chatml import DEFAULT_SYSTEM, Turn, build_prompt
+from qwen.chatml import Turn, build_prompt
 from qwen.sampling import Sampling
 
 POLL = 0.3  # seconds after which a reply that waits looks for its place again
@@ -21,7 +21,8 @@ POLL = 0.3  # seconds after which a reply that waits looks for its place again
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses. temperature 0 is greedy; top_k 0 and top_p 1 keep all; seed None is a new one each time."""
+    """What a user chooses. temperature 0 is greedy; top_k 0 and top_p 1 keep all; seed None is a new one each time,
+    system None the checkpoint's message."""
 
     temperature: float
     top_p: float
@@ -29,7 +30,7 @@ class Settings:
     repetition_penalty: float
     max_new_tokens: int
     seed: int | None = None
-    system: str = DEFAULT_SYSTEM
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Replier:
             top_k=sampling.top_k,
             repetition_penalty=sampling.repetition_penalty,
             max_new_tokens=min(self.config.max_new_tokens or 512, self.engine.context - 1),
+            system=self.engine.tokenizer.default_system,
         )
 
     async def reply(
