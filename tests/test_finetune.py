@@ -479,8 +479,15 @@ def test_an_adapter_is_no_base(work: dict[str, str], tmp_path: Path) -> None:
         train(work, model_name_or_path=output, use_lora=True, output_dir=tmp_path / "second")
     with pytest.raises(QwenError, match="exists and is not empty"):
         merge_lora.main(["-c", str(output), "-o", str(tmp_path)])
-    with pytest.raises(QwenError, match="adapter_config.json is missing"):
-        merge_lora.main(["-c", work["model_name_or_path"], "-o", str(tmp_path / "new")])
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "adapter_config.json").write_text('{"peft_type": "LO')
+    for name, message in (
+        (work["model_name_or_path"], "is a whole model, not an adapter"),
+        (tmp_path / "damaged", "config.json is damaged"),
+        (tmp_path / "nowhere", "adapter_config.json is missing: give the --output_dir of a training"),
+    ):  # fmt: skip
+        with pytest.raises(QwenError, match=message):
+            merge_lora.main(["-c", str(name), "-o", str(tmp_path / "new")])
 
 
 def test_flags_of_older_scripts_are_understood(work: dict[str, str]) -> None:
