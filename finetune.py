@@ -7,6 +7,7 @@ finetune/*.sh start it on all GPUs of one or several machines; finetune/README.m
 """
 
 import os
+import random
 import sys
 import warnings
 from pathlib import Path
@@ -26,7 +27,7 @@ from training.models import check_source, count_parameters, load_model
 from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
 from training.read import Source, check_notes
 from training.report import describe_dataset, print_report
-from training.samples import Notes
+from training.samples import Notes, Text
 from training.trainer import QwenTrainer
 from utils import DTYPES, find_checkpoint, load_config, run_script
 
@@ -67,8 +68,10 @@ def train(settings: Settings) -> int:
     transformers.set_seed(training.seed)
     resume = find_resumable(prepare_output(training), training.resume_from_checkpoint)
     check_output(Path(training.output_dir), settings.model.model_name_or_path, settings.lora.use_lora)
-    names = [data.data_path, [data.eval_data_path] if data.eval_data_path else []]
+    names = [data.data_path, data.eval_data_path]
     conversations = [read_data(each, settings) for each in names if each]
+    if data.val_size:
+        conversations, names = hold_out(conversations[0], data.val_size, training.seed), [data.data_path] * 2
     with training.main_process_first(local=True, desc="download"):
         directory = find_checkpoint(settings.model.model_name_or_path, settings.model.hub, settings.model.revision)
     check_source(directory, settings.lora)
@@ -95,7 +98,8 @@ def train(settings: Settings) -> int:
     stopper, progress = StopOnSignal(), Progress(trainer)
     for shown_otherwise in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(shown_otherwise)
-    for callback in (progress, Watch(), stopper):
+    patience = training.early_stopping_patience
+    for callback in (progress, Watch(), stopper, *([transformers.EarlyStoppingCallback(patience)] if patience else [])):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         announce(settings, datasets, parameters, resume)
@@ -109,7 +113,7 @@ def source(name: str, settings: Settings) -> Source:
     pairs = [pair.partition("=") for pair in data.columns]
     if bad := next((f"{known}{sign}{own}" for known, sign, own in pairs if not (known and own)), None):
         raise QwenError(f"--columns {bad}: write the name known here, =, and that of your column")
-    return Source(name, "sft", data.data_encoding, data.data_split, {own: known for known, _, own in pairs},
+    return Source(name, data.stage, data.data_encoding, data.data_split, {own: known for known, _, own in pairs},
                   tuple(data.ignore_fields))  # fmt: skip
 
 
@@ -129,12 +133,22 @@ def read_data(names: list[str], settings: Settings) -> list:
     return samples
 
 
+def hold_out(samples: list, size: float, seed: int) -> list[list]:
+    """Samples to train on and others to evaluate on, drawn by the seed; a size below 1 is a share."""
+    count = round(size * len(samples)) if size < 1 else int(size)
+    if not 0 < count < len(samples):
+        raise QwenError(f"--val_size {size:g} takes {count} of {len(samples)} samples: some must be left on both sides")
+    chosen = set(random.Random(seed).sample(range(len(samples)), count))
+    return [[s for i, s in enumerate(samples) if (i in chosen) == evaluated] for evaluated in (False, True)]
+
+
 def run_facts(settings: Settings, directory: Path, data: str) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must have in common with the one that wrote it."""
     lora, training = settings.lora, settings.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     facts = {
-        "data": data, "loss_on": settings.data.loss_on, "seed": training.seed, "adapter": lora.use_lora,
+        "data": data, "stage": settings.data.stage, "loss_on": settings.data.loss_on, "seed": training.seed,
+        "adapter": lora.use_lora,
         "base model": identify_base(directory), "precision": training.precision, "optim": str(training.optim),
         "learning_rate": training.learning_rate, "lr_scheduler_type": str(training.lr_scheduler_type),
         "batch (samples a step)": batch,
@@ -167,9 +181,17 @@ def make_dataset(
 ) -> TokenDataset | PackedDataset | LazyDataset:
     """Tokenised (or soon to be) samples; QwenError if none has anything to learn from."""
     data = settings.data
-    if data.lazy_preprocess:
-        return LazyDataset(conversations, tokenizer, data.model_max_length, data.loss_on)
     quiet = not settings.training.should_log
+    if data.lazy_preprocess:
+        if any(isinstance(each, Text) for each in conversations):
+            raise QwenError(
+                "--lazy_preprocess reads conversations; plain texts are cut into pieces first: leave it out"
+            )
+        lazy = LazyDataset(conversations, tokenizer, data.model_max_length, data.loss_on)
+        if lazy.dropped and not quiet:
+            print(f"{lazy.dropped:,} of {len(conversations):,} samples dropped: no reply to learn from, or the first "
+                  "does not fit", file=sys.stderr)  # fmt: skip
+        return lazy
     samples = tokenize(conversations, tokenizer, data.model_max_length, data.loss_on, quiet)
     if not len(samples):
         raise QwenError(

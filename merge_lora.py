@@ -4,6 +4,7 @@ python merge_lora.py -c output -o my-qwen
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from qwen.checkpoint import check_architecture, read_json
+from qwen.checkpoint import check_architecture
 from qwen.errors import QwenError
 from qwen.paths import new_directory
 from utils import DTYPES, check_adapter_base, find_checkpoint, load_config, load_model_and_tokenizer, run_script
@@ -34,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     adapter = args.checkpoint_path
-    settings = read_json(adapter / "adapter_config.json")
+    settings = read_settings(adapter)
     check_mergeable(adapter, settings)
     check_shard_size(args.max_shard_size)
     base = find_base(adapter, settings, args.base)
@@ -56,6 +57,21 @@ def main(argv: list[str] | None = None) -> None:
         raise QwenError(f"{args.output} can't be written ({error}): free some space, then merge again") from error
     size = sum(path.stat().st_size for path in args.output.iterdir()) / 2**30
     print(f"Saved in {args.output} ({size:.2f} GiB).\npython cli_demo.py -c {args.output}")
+
+
+def read_settings(adapter: Path) -> dict:
+    """adapter_config.json; QwenError if the directory is no adapter, or a damaged one."""
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        if (adapter / "config.json").is_file():
+            raise QwenError(f"{adapter} is a whole model, not an adapter: there is nothing to merge")
+        raise QwenError(
+            f"{path} is missing: give the --output_dir of a training with --use_lora, or one of its checkpoints"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QwenError(f"{path} is damaged ({error}): copy it from one of the training's checkpoints") from None
 
 
 def check_mergeable(adapter: Path, settings: dict) -> None:

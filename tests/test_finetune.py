@@ -421,6 +421,22 @@ def test_loss_that_is_no_number_stops_the_run(work: dict[str, str], monkeypatch:
         ({"packing": True, "lazy_preprocess": True}, "--packing needs all lengths"),
         ({"packing": True, "padding": True}, "leave --padding out"),
         ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_data_path"),
+        ({"eval_strategy": "steps", "val_size": 9}, "--val_size 9 takes 9 of 8 samples"),
+        ({"val_size": -1}, "--val_size -1.0: give a share below 1"),
+        ({"val_size": 0.5, "eval_data_path": __file__}, "leave one out"),
+        ({"early_stopping_patience": 1}, "--early_stopping_patience needs --eval_strategy"),
+        ({"metric_for_best_model": "accuracy"}, "what is measured is the loss alone"),
+        ({"report_to": "tensorbord"}, "--report_to tensorbord: tensorbord is not supported"),
+        ({"use_liger_kernel": True}, "Liger has no kernels for this model"),
+        ({"optim": "galore_adamw", "optim_target_modules": "c_attn"}, "--optim galore_adamw: .*galore_torch"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "--lr_scheduler_type .*num_decay_steps.*--lr_scheduler_kwargs"),
+        ({"push_to_hub": True}, "--push_to_hub: "),
+        ({"stage": "pt"}, "this is one for --stage sft"),
+        ({"stage": "pt", "lazy_preprocess": True}, "--packing needs all lengths"),
+        ({"stage": "dpo"}, "--stage.*: invalid choice: 'dpo'"),
+        ({"modules_to_save": "lm_head"}, "add --use_lora True"),
+        ({"use_lora": True, "modules_to_save": "embed"}, "--modules_to_save embed: this model has no such layer"),
+        ({"use_lora": True, "lora_target_modules": "c_attn,q_proj"}, "--lora_target_modules q_proj: this model has no"),
         ({"use_dora": True}, "add --use_lora True"),
         ({"use_lora": True, "lora_r": 0}, "--lora_r and --lora_alpha"),
         ({"use_lora": True, "lora_target_modules": "q_proj"}, "--lora_target_modules q_proj: "),
@@ -440,14 +456,66 @@ def test_mistakes_are_one_sentence(work: dict[str, str], flags: dict[str, Any], 
     assert len(str(caught.value).splitlines()) == 1
 
 
+# ---- stages, evaluation, layers ----
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_texts_continue_pretraining(work: dict[str, str], base: Path, tmp_path: Path, lora: bool) -> None:
+    """Packed plain text: the loss falls, and what is saved has the base's settings, not those of ChatML."""
+    raw = tmp_path / "raw"
+    shutil.copytree(base, raw)
+    (raw / "generation_config.json").write_text(json.dumps({"chat_format": "raw", "eos_token_id": 700}))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{question} {answer} " * 9}) + "\n" for question, answer in ROWS))
+    flags = {"data_path": texts, "model_name_or_path": raw, "stage": "pt", "use_lora": lora, "max_steps": 12}
+    output, records = train(work, **flags, model_max_length=64, per_device_train_batch_size=4)
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert json.loads((output / "generation_config.json").read_text())["chat_format"] == "raw"
+    assert not torch.equal(logits(output), logits(raw))
+
+
+def test_early_stopping_keeps_the_best(work: dict[str, str]) -> None:
+    """Held-out samples that nothing of is learned: the run stops, and saves the adapter of the best step."""
+    output, _ = train(
+        work, use_lora=True, val_size=2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, early_stopping_patience=2, max_steps=40, learning_rate=5e-2,
+    )  # fmt: skip
+    state = json.loads((output / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert state["global_step"] < 40
+    losses = {record["step"]: record["eval_loss"] for record in read_log(output / "log.jsonl") if "eval_loss" in record}
+    assert best.name == f"checkpoint-{min(losses, key=losses.__getitem__)}"
+    saved, kept = (load_file(path / "adapter_model.safetensors") for path in (output, best))
+    assert saved.keys() == kept.keys() and all(torch.equal(saved[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize(("targets", "adapted"), [
+    ("all-linear", {"c_attn", "c_proj", "w1", "w2"}), ("c_attn,w1", {"c_attn", "w1"}), ("c_attn w1", {"c_attn", "w1"}),
+    (r".*\.(c_attn|w2)", {"c_attn", "w2"}),
+])  # fmt: skip
+def test_layers_by_name_list_and_pattern(work: dict[str, str], targets: str, adapted: set[str]) -> None:
+    output, _ = train(work, use_lora=True, lora_target_modules=targets, modules_to_save="lm_head", max_steps=1)
+    names = load_file(output / "adapter_model.safetensors")
+    assert {name.split(".lora_")[0].split(".")[-1] for name in names if "lora_" in name} == adapted
+    assert any("lm_head" in name for name in names)
+    logits(output)
+
+
 def test_an_adapter_is_no_base(work: dict[str, str], tmp_path: Path) -> None:
     output, _ = train(work, use_lora=True, max_steps=1)
     with pytest.raises(QwenError, match="is an adapter: merge it"):
         train(work, model_name_or_path=output, use_lora=True, output_dir=tmp_path / "second")
     with pytest.raises(QwenError, match="exists and is not empty"):
         merge_lora.main(["-c", str(output), "-o", str(tmp_path)])
-    with pytest.raises(QwenError, match="adapter_config.json is missing"):
-        merge_lora.main(["-c", work["model_name_or_path"], "-o", str(tmp_path / "new")])
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "adapter_config.json").write_text('{"peft_type": "LO')
+    for name, message in (
+        (work["model_name_or_path"], "is a whole model, not an adapter"),
+        (tmp_path / "damaged", "config.json is damaged"),
+        (tmp_path / "nowhere", "adapter_config.json is missing: give the --output_dir of a training"),
+    ):  # fmt: skip
+        with pytest.raises(QwenError, match=message):
+            merge_lora.main(["-c", str(name), "-o", str(tmp_path / "new")])
 
 
 def test_flags_of_older_scripts_are_understood(work: dict[str, str]) -> None:

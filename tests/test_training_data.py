@@ -297,6 +297,23 @@ def test_batches_hold_the_samples_unpadded(tokenizer: QWenTokenizer) -> None:
         assert torch.equal(row[: len(item["input_ids"])], item["input_ids"])
 
 
+@pytest.mark.parametrize("max_length", [24, 32, 40, 64, 128, 512])
+def test_lazy_data_hold_what_can_be_learned_once(tokenizer: QWenTokenizer, max_length: int) -> None:
+    """At every length the samples that tokenising all of them keeps, in their order, and a count of the others."""
+    rows = [("Hi", "Hello!"), ("Hi " * 60, "Yes"), ("你好" * 9, "好"), ("Tell", "no " * 100), ("😀" * 8, "🙂" * 3)]
+    conversations = [
+        Conversation((Message("user", question), Message("assistant", answer)), "x") for question, answer in rows
+    ]
+    eager = tokenize(conversations, tokenizer, max_length, "assistant")
+    if not len(eager):
+        with pytest.raises(QwenError, match="raise --model_max_length"):
+            LazyDataset(conversations, tokenizer, max_length, "assistant")
+        return
+    lazy = LazyDataset(conversations, tokenizer, max_length, "assistant")
+    assert len(lazy) == len(eager) and lazy.dropped == len(rows) - len(eager)
+    assert all(torch.equal(lazy[i]["input_ids"], eager[i]["input_ids"]) for i in range(len(eager)))
+
+
 def test_lazy_samples_equal_tokenised_ones(tokenizer: QWenTokenizer) -> None:
     conversations = read_conversations(SAMPLES)
     lazy = LazyDataset(conversations, tokenizer, 512, "assistant")
@@ -305,7 +322,7 @@ def test_lazy_samples_equal_tokenised_ones(tokenizer: QWenTokenizer) -> None:
     for i in range(20):
         assert all(torch.equal(torch.as_tensor(lazy[i][k]), torch.as_tensor(eager[i][k])) for k in eager[i])
     with pytest.raises(QwenError, match="raise --model_max_length"):
-        LazyDataset(conversations, tokenizer, 16, "assistant")[0]
+        LazyDataset(conversations, tokenizer, 16, "assistant")
 
 
 # ---- the report ----

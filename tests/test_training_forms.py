@@ -49,8 +49,8 @@ def test_a_reply_that_says_so_is_not_learned(switch: dict[str, Any]) -> None:
     [
         ({"messages": [HI, HELLO | {"weight": 0.25}]}, '"weight" is 0.25'),
         ({"messages": [HI, HELLO | {"weight": 0, "train": True}]}, "contradict"),
-        ({"messages": [HI, HELLO], "label": False}, "--stage kto"),
-        ({"messages": [HI, HELLO], "rejected_response": "No."}, "--stage dpo"),
+        ({"messages": [HI, HELLO], "label": False}, "leave those samples out"),
+        ({"messages": [HI, HELLO], "rejected_response": "No."}, "give the chosen reply as a conversation"),
         ({"messages": [HI, HELLO], "images": ["a.jpg"]}, "no pictures"),
         ({"messages": [{"role": "system", "content": "a"}, HI, HELLO], "system": "b"}, "differ"),
         ({"messages": [HI, HELLO], "tools": [{"name": "a", "description": "\ud83d"}]}, "half of a surrogate"),

@@ -22,21 +22,31 @@ from qwen.hardware import computes_bf16
 from utils import DEFAULT_CHECKPOINT
 
 from .attention import PACKED
+from .early import check_libraries
 from .masks import LOSS_ON
 
 LORA_RATE, FULL_RATE = 3e-4, 1e-5  # what the publisher trained with
+STAGES = ("sft", "pt")
+LAYERS = ("c_attn", "c_proj", "w1", "w2")
+OTHER_LAYERS = ("wte", "lm_head", "ln_1", "ln_2", "ln_f")
 # Names of older transformers, which scripts from that time pass.
 RENAMED = {
     "--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps", "--no_cuda": "--use_cpu",
     "--gradient_checkpointing": "--activation_checkpointing",
     "--gradient_checkpointing_kwargs": "--activation_checkpointing_kwargs",
 }  # fmt: skip
+# Flags of the published scripts and of older transformers that have no effect any more.
+GONE = {
+    "--cache_dir": "downloads go where HF_HOME says",
+    "--lora_weight_path": "it never had an effect; --resume_from_checkpoint goes on with an adapter",
+    "--overwrite_output_dir": "what an earlier run left is never deleted",
+}
 
 
 def option(default: Any, text: str, *aliases: str, **more: Any) -> Any:
     """A dataclass field with the help that its flag shows."""
     metadata = {"help": text, "aliases": list(aliases)} | more
-    if isinstance(default, list):
+    if isinstance(default, list | tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -57,7 +67,12 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = option([], "Training data: files, folders, patterns, names of the hub.", "-d")
-    eval_data_path: str | None = option(None, "Conversations to measure the loss on, with --eval_strategy.")
+    stage: str = option(
+        "sft", "sft: learn the replies of conversations; pt: go on with pre-training, on plain text in full rows.",
+        choices=STAGES,
+    )  # fmt: skip
+    eval_data_path: list[str] = option([], "Data to measure the loss on, as --data_path; with --eval_strategy.")
+    val_size: float = option(0.0, "Samples to take out of the training data for that: a share below 1, or a number.")
     check_data: str | None = option(None, "Only look at these data: faults, counts, lengths, what carries loss.")
     skip_bad_samples: bool = option(False, "Leave samples out that can't be used, and go on with the others.")
     data_encoding: str | None = option(None, "Encoding of text files; by default UTF-8, or what they look like.")
@@ -80,7 +95,10 @@ class LoraArguments:
     lora_r: int = option(64, "Rank of the adapter.")
     lora_alpha: int = option(16, "Scale of the adapter: alpha / r.")
     lora_dropout: float = option(0.05, "Dropout before the adapter.")
-    lora_target_modules: list[str] = option(["c_attn", "c_proj", "w1", "w2"], "Layers that get an adapter.")
+    lora_target_modules: list[str] = option(
+        LAYERS, "Layers that get an adapter: names, all-linear, or one regular expression for whole paths."
+    )
+    modules_to_save: list[str] = option([], "Layers to train whole along with the adapter, and to save with it.")
     lora_bias: str = option("none", "Biases to train: none, all, or those of adapted layers.",
                             choices=["none", "all", "lora_only"])  # fmt: skip
     use_dora: bool = option(False, "DoRA: adapt magnitude and direction apart.")
@@ -106,6 +124,9 @@ class TrainingArguments(transformers.TrainingArguments):
     adam_beta2: float = option(0.95, "Adam's beta2.")
     report_to: str = option("auto", "Beside log.jsonl: tensorboard (by default if installed), wandb, none.")
     logging_steps: float = option(1, "Steps between two lines of the log.")
+    early_stopping_patience: int | None = option(
+        None, "Stop when the evaluation loss has not fallen so many times; with --load_best_model_at_end."
+    )
     logging_nan_inf_filter: bool = option(False, "Leave NaN out of the logged loss; training stops at NaN otherwise.")
     remove_unused_columns: bool = option(False, "Not used: the batches hold what the model reads.")
 
@@ -160,7 +181,7 @@ def parse_settings(argv: list[str], description: str) -> Settings:
     """Parse and check the command line; QwenError for whatever can't work."""
     groups = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
     parser = ArgumentParser(groups, description=description, allow_abbrev=False)
-    argv = [renamed(argument) for argument in argv]
+    argv = without_gone([renamed(argument) for argument in argv])
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
@@ -168,6 +189,7 @@ def parse_settings(argv: list[str], description: str) -> Settings:
         raise QwenError(f"{unknown[0]} is no flag{f': did you mean {like[0]}?' if like else '; --help shows all'}")
     settings = Settings(*parsed)
     settings.lora.use_lora |= settings.lora.q_lora
+    settings.data.packing |= settings.data.stage == "pt" and not settings.data.padding
     if settings.training.learning_rate is None:
         settings.training.learning_rate = LORA_RATE if settings.lora.use_lora else FULL_RATE
     if settings.data.check_data is None:
@@ -183,6 +205,21 @@ def renamed(argument: str) -> str:
     return (new if new in known else name) + equals + value
 
 
+def without_gone(argv: list[str]) -> list[str]:
+    """The command line without flags that have no effect any more; a note for each that says something."""
+    kept, words = [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in GONE:
+            kept.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+        if value not in ("", "None", "False"):
+            print(f"{name} {value} has no effect: {GONE[name]}.", file=sys.stderr)
+    return kept
+
+
 def check_settings(settings: Settings) -> None:
     """QwenError for flags that contradict each other or can't work."""
     data, lora, training = settings.data, settings.lora, settings.training
@@ -196,10 +233,12 @@ def check_settings(settings: Settings) -> None:
         raise QwenError("--packing fills rows so that nothing is padded: leave --padding out")
     if data.padding and settings.model.attn == PACKED:
         settings.model.attn = "sdpa"
-    if training.eval_strategy.value != "no" and data.eval_data_path is None:
-        raise QwenError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
-    if not lora.use_lora and (lora.use_dora or lora.use_rslora or lora.train_embeddings):
-        raise QwenError("--use_dora, --use_rslora and --train_embeddings belong to adapters: add --use_lora True")
+    check_evaluation(data, training)
+    lora.lora_target_modules = check_targets(lora)
+    if not lora.use_lora and (lora.use_dora or lora.use_rslora or lora.train_embeddings or lora.modules_to_save):
+        raise QwenError(
+            "--use_dora, --use_rslora, --train_embeddings and --modules_to_save belong to adapters: add --use_lora True"
+        )
     if lora.use_lora and (lora.lora_r < 1 or lora.lora_alpha <= 0 or not lora.lora_target_modules):
         raise QwenError("--lora_r and --lora_alpha must be above 0, and --lora_target_modules not empty")
     if training.learning_rate <= 0:
@@ -210,6 +249,46 @@ def check_settings(settings: Settings) -> None:
         raise QwenError(f"--num_train_epochs {training.num_train_epochs}: no step would be made")
     if lora.q_lora and is_sharded(training):
         raise QwenError("4-bit weights can't be split over GPUs: Q-LoRA runs with ZeRO-2 or on one GPU")
+    check_libraries(training)
+
+
+def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
+    """QwenError for an evaluation without data, or early stopping without an evaluation."""
+    if data.val_size and data.eval_data_path:
+        raise QwenError(
+            "--val_size takes samples out of the training data, --eval_data_path names others: leave one out"
+        )
+    if data.val_size < 0 or (data.val_size > 1 and data.val_size % 1):
+        raise QwenError(f"--val_size {data.val_size}: give a share below 1, or a whole number of samples")
+    if training.eval_strategy.value != "no" and not data.eval_data_path and not data.val_size:
+        raise QwenError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path or --val_size")
+    if training.early_stopping_patience is not None:
+        if training.early_stopping_patience < 1:
+            raise QwenError(f"--early_stopping_patience {training.early_stopping_patience}: must be 1 or more")
+        if not training.load_best_model_at_end or training.eval_strategy.value == "no":
+            raise QwenError(
+                "--early_stopping_patience needs --eval_strategy and --save_strategy of the same steps, and "
+                "--load_best_model_at_end True: what is kept is the best model, not the last"
+            )
+
+
+def check_targets(lora: LoraArguments) -> list[str]:
+    """The layers to adapt by name, or one regular expression; QwenError for a name that no layer has."""
+    targets = [name for word in lora.lora_target_modules for name in word.split(",") if name]
+    if targets == ["all-linear"]:
+        return list(LAYERS)
+    if len(lora.lora_target_modules) == 1 and is_pattern(lora.lora_target_modules[0]):
+        return lora.lora_target_modules
+    for flag, names in (("lora_target_modules", targets), ("modules_to_save", lora.modules_to_save)):
+        known = (*LAYERS, *OTHER_LAYERS)
+        unknown = [name for name in names if name.rpartition(".")[2] not in known]
+        if unknown:
+            raise QwenError(f"--{flag} {unknown[0]}: this model has no such layer; it has {', '.join(known)}")
+    return targets
+
+
+def is_pattern(target: str) -> bool:
+    return bool(set(target) & set("*+?\\|()[]^$"))
 
 
 # ---- DeepSpeed and FSDP ----

@@ -18,11 +18,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from qwen import QWenTokenizer
+from qwen.chatml import DEFAULT_SYSTEM
 from qwen.errors import QwenError
 from qwen.loss import IGNORED
 
 from .masks import encode_conversation, encode_text
 from .samples import Conversation, Text
+
+BLOCK_TOKENS = 16  # more than <|im_start|>, a role, <|im_end|> and two newlines take
+DEFAULT_TOKENS = BLOCK_TOKENS + len(DEFAULT_SYSTEM.encode())  # of the system message where there is none
 
 
 class TokenDataset(Dataset):
@@ -65,26 +69,35 @@ class TokenDataset(Dataset):
 
 
 class LazyDataset(Dataset):
-    """Conversations that are tokenised when they are asked for, for files that take long."""
+    """Conversations that are tokenised when they are asked for, for files that take long.
+
+    Those with nothing to learn from are left out from the start. A token has at least one byte, so only conversations
+    of more bytes than `max_length` must be tokenised to know.
+    """
 
     def __init__(
         self, conversations: list[Conversation], tokenizer: QWenTokenizer, max_length: int, loss_on: str
     ) -> None:
-        self.conversations = conversations
         self.settings = (max_length, loss_on)
         self.encode = lambda conversation: encode_conversation(tokenizer, conversation, max_length, loss_on)
+        self.conversations = [each for each in conversations if self.fits(each, max_length)]
+        self.dropped = len(conversations) - len(self.conversations)
+        if not self.conversations:
+            raise QwenError("no sample has a reply that fits: raise --model_max_length")
+
+    def fits(self, conversation: Conversation, max_length: int) -> bool:
+        """Whether there is something to learn from."""
+        replies = any(message.role == "assistant" and message.train for message in conversation.messages)
+        size = sum(len(message.content.encode()) + BLOCK_TOKENS for message in conversation.messages)
+        return replies and (size + DEFAULT_TOKENS <= max_length or bool(self.encode(conversation).input_ids))
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # What has nothing to learn from gives way to the next that has.
-        for offset in range(len(self)):
-            sample = self.encode(self.conversations[(index + offset) % len(self)])
-            if sample.input_ids:
-                ids, labels = torch.tensor(sample.input_ids), torch.tensor(sample.labels)
-                return {"input_ids": ids, "labels": labels, "lengths": [len(ids)]}
-        raise QwenError("no sample has a reply that fits: raise --model_max_length")
+        sample = self.encode(self.conversations[index])
+        ids, labels = torch.tensor(sample.input_ids), torch.tensor(sample.labels)
+        return {"input_ids": ids, "labels": labels, "lengths": [len(ids)]}
 
     def fingerprint(self) -> str:
         texts = "".join(f"{message}" for each in self.conversations for message in each.messages)

@@ -15,7 +15,7 @@ from qwen.checkpoint import check_architecture
 from qwen.errors import QwenError
 from utils import DTYPES, load_model_for_training
 
-from .arguments import LoraArguments, Settings, is_sharded, stage
+from .arguments import LoraArguments, Settings, is_pattern, is_sharded, stage
 
 
 def load_model(settings: Settings, directory: Path, tokenizer: QWenTokenizer) -> nn.Module:
@@ -29,7 +29,9 @@ def load_model(settings: Settings, directory: Path, tokenizer: QWenTokenizer) ->
         attn=settings.model.attn,
         quantization_config=quantization,
     )
-    set_stop_ids(model, tokenizer)
+    if settings.data.stage == "sft":
+        set_stop_ids(model, tokenizer)
+    keep_settings_saveable(model)
     if lora.use_lora:
         model = add_adapter(model, lora)
     if stage(training) == 0:
@@ -85,15 +87,17 @@ def add_adapter(model: QWenLMHeadModel, lora: LoraArguments) -> nn.Module:
         from qwen.lora import support_int4
     except ImportError:
         raise QwenError("--use_lora needs the package peft: pip install -r requirements_finetune.txt") from None
+    targets, pattern = lora.lora_target_modules, is_pattern(lora.lora_target_modules[0])
+    whole = lora.modules_to_save + (["wte", "lm_head"] if lora.train_embeddings else [])
     config = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=lora.lora_target_modules,
+        target_modules=targets[0] if pattern else targets,
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
-        modules_to_save=["wte", "lm_head"] if lora.train_embeddings else None,
+        modules_to_save=sorted(set(whole)) or None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -102,11 +106,16 @@ def add_adapter(model: QWenLMHeadModel, lora: LoraArguments) -> nn.Module:
         raise QwenError(f"--lora_target_modules {' '.join(lora.lora_target_modules)}: {error}") from error
 
 
+def keep_settings_saveable(model: QWenLMHeadModel) -> None:
+    """Settings of sampling beside greedy ones change nothing, but can't be saved."""
+    config = model.generation_config
+    if not config.do_sample:
+        config.temperature = config.top_p = config.top_k = None
+
+
 def set_stop_ids(model: QWenLMHeadModel, tokenizer: QWenTokenizer) -> None:
     """Make a base model's saved settings those of a chat model: what is trained here ends its turns in ChatML."""
     config = model.generation_config
-    if not config.do_sample:  # settings of sampling beside greedy ones change nothing, but can't be saved
-        config.temperature = config.top_p = config.top_k = None
     if getattr(config, "chat_format", None) == "chatml":
         return
     config.chat_format = "chatml"
