@@ -21,7 +21,7 @@ from transformers.utils import logging
 from demo_checkpoint import ensure_demo_checkpoint
 from hub import HUBS, fetch_checkpoint
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
-from qwen.checkpoint import check_architecture, read_json
+from qwen.checkpoint import check_architecture, find_snapshot, read_json
 from qwen.configuration_qwen import DTYPES, torch_reads
 from qwen.cpu import load_kernels
 from qwen.errors import first_line
@@ -160,6 +160,11 @@ def load_model_and_tokenizer(
     config = load_config(directory)
     # Before the weights: a missing vocabulary should not cost minutes.
     tokenizer = QWenTokenizer.from_pretrained(directory)
+    if (last := max(tokenizer.decoder)) >= config.vocab_size:
+        raise QwenError(
+            f"{directory / 'qwen.tiktoken'} has ids up to {last}, and the model has only {config.vocab_size} rows "
+            "(vocab_size in config.json): the two are of different checkpoints"
+        )
     if num_gpus is not None:
         placement: Any = gpu_device_map(num_gpus, config, available=torch.cuda.device_count())
         dtype = choose_dtype("cuda", dtype)
@@ -232,7 +237,7 @@ def find_checkpoint(path: str | os.PathLike, hub: str = HUBS[0], revision: str |
     if Path(path).is_file():
         raise QwenError(f"{path} is a file: give the checkpoint's directory")
     if Path(path).is_dir():
-        return Path(path)
+        return find_snapshot(Path(path))
     return fetch_checkpoint(str(path), hub, revision)
 
 

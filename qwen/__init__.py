@@ -8,8 +8,17 @@ Code that a checkpoint directory brings along is never run, with `trust_remote_c
 
 import logging
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
+from .classification import QWenForSequenceClassification, QWenForTokenClassification
 from .configuration_qwen import QWenConfig
 from .errors import QwenError
 from .gate import guard_auto_classes
@@ -20,7 +29,15 @@ from .tokenization_qwen import QWenTokenizer
 # installed: so whoever imports peft, or transformers' trainer, imports this package first.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-__all__ = ["QWenConfig", "QWenLMHeadModel", "QWenModel", "QWenTokenizer", "QwenError"]
+__all__ = [
+    "QWenConfig",
+    "QWenForSequenceClassification",
+    "QWenForTokenClassification",
+    "QWenLMHeadModel",
+    "QWenModel",
+    "QWenTokenizer",
+    "QwenError",
+]
 
 
 class _TokenizerByNameOnly(PreTrainedConfig):
@@ -36,5 +53,7 @@ class _TokenizerByNameOnly(PreTrainedConfig):
 AutoConfig.register("qwen", QWenConfig, exist_ok=True)
 AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
+AutoModelForSequenceClassification.register(QWenConfig, QWenForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(QWenConfig, QWenForTokenClassification, exist_ok=True)
 AutoTokenizer.register(_TokenizerByNameOnly, QWenTokenizer, exist_ok=True)
 guard_auto_classes()

@@ -203,5 +203,5 @@ def complete_eos_ids(generation_config: "GenerationConfig") -> None:
         return
     # Official files name <|endoftext|> as the padding too. The three may be there in another order, or in part.
     eod_id = pad if isinstance(pad, int) and all(pad <= i <= pad + 2 for i in ids) else min(ids, default=None)
-    if eod_id is not None and max(ids) <= eod_id + 2:
+    if eod_id is not None and max(ids) <= eod_id + 2 and not (len(set(ids)) == 3 and ids[0] == eod_id + 2):
         generation_config.eos_token_id = [eod_id + 2, eod_id, eod_id + 1]  # <|im_end|> first: some take that alone

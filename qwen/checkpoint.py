@@ -47,7 +47,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_architecture(directory: str | os.PathLike) -> dict[str, Any]:
     """The config.json of a Qwen-7B directory; QwenError if it is of another architecture, or a settings file broken."""
     path = Path(directory) / "config.json"
-    config = read_json(path)
+    if not path.is_file() and path.parent.is_dir():
+        say_where(path.parent)
+    config = with_quantization(read_json(path), path.parent)
     for name in ("generation_config.json", "tokenizer_config.json"):
         if path.with_name(name).exists():
             settings = read_json(path.with_name(name))
@@ -55,6 +57,39 @@ def check_architecture(directory: str | os.PathLike) -> dict[str, Any]:
                 check_settings(settings, str(path.with_name(name)))
     check_model_type(config, str(path))
     return config
+
+
+def with_quantization(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The content of config.json, with AutoGPTQ's quantize_config.json and the method's name where it lacks them."""
+    found = config.get("quantization_config")
+    if not found and (directory / "quantize_config.json").is_file():
+        found = read_json(directory / "quantize_config.json")
+    if isinstance(found, dict) and "bits" in found and not found.get("quant_method"):
+        found = {**found, "quant_method": "gptq"}
+    return {**config, "quantization_config": found} if found else config
+
+
+def find_snapshot(directory: Path) -> Path:
+    """The checkpoint in a hub's cache folder (models--Qwen--Qwen-7B-Chat, or snapshots in it); else `directory`."""
+    root = directory.parent if directory.name == "snapshots" else directory
+    if (directory / "config.json").is_file() or not (root / "snapshots").is_dir():
+        return directory
+    snapshots = [path for path in (root / "snapshots").iterdir() if (path / "config.json").is_file()]
+    for ref in sorted((root / "refs").glob("*"), key=lambda path: path.name != "main"):
+        if ref.is_file() and (found := root / "snapshots" / ref.read_text().strip()) in snapshots:
+            return found
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=directory)
+
+
+def say_where(directory: Path) -> None:
+    """QwenError if a directory without config.json has checkpoints in its folders: one of them is meant."""
+    names = ("config.json", "adapter_config.json")
+    found = [path for path in directory.iterdir() if any((path / name).is_file() for name in names)]
+    if (snapshot := find_snapshot(directory)) != directory:
+        found = [snapshot]
+    if found:
+        newest = max(found, key=lambda path: path.stat().st_mtime)
+        raise QwenError(f"{directory} holds checkpoints but is none itself: give one of them, such as {newest}")
 
 
 def check_model_type(config: dict[str, Any], path: str) -> None:
@@ -116,6 +151,11 @@ def list_weight_files(directory: Path) -> list[Path]:
             if not shards:
                 raise QwenError(f"{index} names no weight files: {FETCH_AGAIN}")
             return [directory / shard for shard in sorted(set(shards.values()))]
+    if quantized := sorted(directory.glob("*bit*.safetensors")):
+        raise QwenError(
+            f"{quantized[0]} has AutoGPTQ's name for a weight file: rename it, "
+            f"`mv {quantized[0]} {directory / WEIGHT_FILES[0]}`"
+        )
     raise QwenError(f"no weights in {directory} (neither {' nor '.join(WEIGHT_FILES)} nor an index): {FETCH_AGAIN}")
 
 
@@ -167,9 +207,12 @@ def safetensors_size(path: Path) -> int:
     return 8 + header_size + max(ends, default=0)
 
 
-def check_loaded_keys(source: str | os.PathLike, info: dict[str, Any], accept_other_sizes: bool = False) -> None:
-    """QwenError if tensors were missing or of other sizes: transformers would fill in random numbers and go on."""
-    missing = sorted(info["missing_keys"])
+def check_loaded_keys(
+    source: str | os.PathLike, info: dict[str, Any], accept_other_sizes: bool = False, new: tuple[str, ...] = ()
+) -> None:
+    """QwenError if tensors were missing (but for `new` ones) or of other sizes: transformers would fill in random
+    numbers and go on."""
+    missing = sorted(set(info["missing_keys"]) - set(new))
     if missing:
         raise QwenError(
             f"{source} lacks {len(missing)} of the model's tensors (the first: {missing[0]}): the checkpoint is "

@@ -4,13 +4,14 @@ Field names are the checkpoint's own, so the file rules: there is no `rope_scali
 """
 
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .checkpoint import check_model_type
+from .checkpoint import check_model_type, with_quantization
 from .errors import QwenError
 
 # The `quant_method`, in memory, of GPTQ checkpoints that PyTorch alone can run (int4.py). In config.json it is "gptq",
@@ -37,7 +38,7 @@ def read_dtype(dtype: Any) -> Any:
 def torch_reads(quantization: dict[str, Any]) -> bool:
     """Whether PyTorch alone can run a checkpoint with this `quantization_config`."""
     return (
-        quantization.get("quant_method") in ("gptq", TORCH_GPTQ)
+        quantization.get("quant_method", "gptq") in ("gptq", TORCH_GPTQ)
         and quantization.get("bits") in (4, 8)
         and quantization.get("group_size") in GROUP_SIZES
         and quantization.get("sym", True) is True
@@ -134,6 +135,14 @@ class QWenConfig(PreTrainedConfig):
         quantization = getattr(self, "quantization_config", None)
         if isinstance(quantization, dict) and torch_reads(quantization):
             self.quantization_config = {**quantization, "quant_method": TORCH_GPTQ}
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, with AutoGPTQ's quantize_config.json where config.json has no such settings."""
+        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return with_quantization(settings, Path(pretrained_model_name_or_path)), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -286,6 +286,10 @@ def check_quantization(directory: Path, quantization: dict[str, Any]) -> None:
             f"{directory} is GPTQ with {bits} bits, groups of {group}{act_order}: PyTorch alone runs 4 or 8 bits, "
             f"symmetric, groups of {GROUP_SIZES}, no act order; for this one, pip install {' '.join(missing)}"
         )
+    if method == "bitsandbytes":
+        if find_spec("bitsandbytes") is None:
+            raise QwenError(f"{directory} is quantised by bitsandbytes: pip install bitsandbytes to load it")
+        return
     raise QwenError(
         f"{directory} is quantised by {method} ({bits} bits), which nothing here loads: "
         "use a GPTQ checkpoint such as Qwen/Qwen-7B-Chat-Int4, or the unquantised one"

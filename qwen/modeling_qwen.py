@@ -9,6 +9,7 @@ prompts longer than the training length, logn scales late queries, and window at
 
 import math
 import os
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import JointCache, let_grow
 from .chatml import complete_eos_ids
-from .checkpoint import check_loaded_keys, check_weight_files, without_code
+from .checkpoint import check_loaded_keys, check_weight_files, with_quantization, without_code
 from .compiled import CompiledReplies, warm_up
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
@@ -205,6 +206,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["QWenBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"attn\.masked_bias$"]  # buffers of old releases
+    _new_tensors: tuple[str, ...] = ()  # what a checkpoint may lack, because it is still to be trained
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -233,6 +235,10 @@ class QWenPreTrainedModel(PreTrainedModel):
         kwargs = without_code(kwargs)
         check_weight_files(pretrained_model_name_or_path, kwargs)
         quantize_cache = kwargs.pop("use_cache_quantization", False)
+        if isinstance(config := kwargs.get("config"), QWenConfig) and not getattr(config, "quantization_config", None):
+            found = with_quantization({}, Path(pretrained_model_name_or_path))  # AutoConfig reads config.json alone
+            if found:
+                config.quantization_config = QWenConfig(**found).quantization_config
         translate_keywords(kwargs, pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -252,7 +258,7 @@ class QWenPreTrainedModel(PreTrainedModel):
                 raise
             package = ATTENTION_PACKAGES[attn]
             raise ImportError(f"{attn} needs the package {package}, on a CUDA GPU; sdpa needs nothing") from error
-        check_loaded_keys(pretrained_model_name_or_path, info, accept_other_sizes)
+        check_loaded_keys(pretrained_model_name_or_path, info, accept_other_sizes, cls._new_tensors)
         check_layers(model)
         if model.can_generate():
             prepare(model.generation_config, f"generation settings of {pretrained_model_name_or_path}")
