@@ -19,10 +19,10 @@ from types import FrameType
 import uvicorn
 
 from api.app import create_app
-from api.engine import Engine, Limits
 from api.launch import cache_tokens, check_model_arguments, listen
 from api.server import Server, Settings
 from qwen import QwenError
+from qwen.engine import Engine, Limits
 from utils import add_model_arguments, describe_placement, load_from_args, run_script
 
 KEY_VARIABLE = "QWEN_API_KEY"

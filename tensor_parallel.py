@@ -192,6 +192,10 @@ class ParallelQWen(QWenLMHeadModel):
             send(None)
         dist.destroy_process_group()
 
+    def _engine_can(self, *args: Any, **kwargs: Any) -> bool:
+        """No: the followers know caches of single calls, not the leader's pages."""
+        return False
+
     def _beam_search(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise QwenError("--tp does not do beam search: set num_beams to 1")
 

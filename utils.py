@@ -59,7 +59,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="attention implementation (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--compile", action="store_true", help="one GPU: compile the steps first (a minute or two), for faster replies"
+        "--no-graphs", action="store_true", help="NVIDIA GPUs: don't record the steps of replies as CUDA graphs"
     )
     group.add_argument("--hub", default=HUBS[0], choices=HUBS, help="where hub names are looked up")
     group.add_argument("--revision", help="branch, tag or commit of a hub checkpoint")
@@ -81,19 +81,8 @@ def load_from_args(args: argparse.Namespace) -> tuple[QWenLMHeadModel, QWenToken
         num_gpus=args.num_gpus,
         tp=args.tp,
     )
-    if args.compile:
-        compile_for_gpu(model)
+    model.graphs = not args.no_graphs
     return model, tokenizer
-
-
-def compile_for_gpu(model: QWenLMHeadModel) -> None:
-    """`model.compile_replies()`; QwenError where the model is not on one GPU, whole and without an adapter."""
-    where = describe_placement(model)
-    if not isinstance(model, QWenLMHeadModel):
-        raise QwenError(f"--compile takes a plain model on one GPU, not an adapter or slices ({where}): leave it out")
-    if model.device.type != "cuda" or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise QwenError(f"--compile is for a model on one NVIDIA GPU, and this one is {where}: leave it out")
-    model.compile_replies()
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
@@ -404,6 +393,5 @@ def describe_placement(model: QWenLMHeadModel) -> str:
     if isinstance(model, ParallelQWen):
         places = f"{dist.get_world_size()} processes ({model.device.type})"
     parts = [f"{DTYPE_NAMES.get(model.dtype, model.dtype)} on {places}",
-             f"{model.config._attn_implementation} attention", describe_kernel(model),
-             "compiled" if getattr(model, "compiled", None) else ""]  # fmt: skip
+             f"{model.config._attn_implementation} attention", describe_kernel(model)]  # fmt: skip
     return ", ".join(part for part in parts if part)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from starlette.middleware import Middleware
 from transformers.utils import logging
 
-from api.engine import Engine, Limits
 from api.launch import cache_tokens, check_model_arguments, listen
 from cli.texts import LANGUAGES, Texts, default_language
 from qwen import QwenError
+from qwen.engine import Engine, Limits
 from utils import add_model_arguments, describe_placement, load_from_args, run_script
 
 if TYPE_CHECKING:

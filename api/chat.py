@@ -9,11 +9,11 @@ from uuid import uuid4
 
 from qwen import QwenError, QWenTokenizer
 from qwen.chatml import encode_messages
+from qwen.engine import Request, Update
 from qwen.react import ACTION, INPUT, THOUGHT, ReactParser
 from qwen.sampling import Choice
 from qwen.tools import STOP_WORD, Tool, is_result, read_tool, render_messages
 
-from .engine import Request, Update
 from .errors import ApiError
 from .grammar import Constraint
 from .protocol import ChatRequest, FunctionName, NamedTool

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen import QWenTokenizer
+from qwen.engine import Request, Update
 from qwen.sampling import Choice
 
 from .chat import describe_token
-from .engine import Request, Update
 from .errors import ApiError
 from .protocol import CompletionRequest
 from .replies import Replies, logger, stream_choices

@@ -16,10 +16,6 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     """QwenError for flags of the model that go with single chats only."""
     if args.tp:
         raise QwenError("--tp works in chats, not in the server: use --num-gpus, or one GPU")
-    if args.compile:
-        raise QwenError("--compile is for one reply at a time, and here many are decoded together: leave it out")
-    if args.attn not in ("sdpa", "eager"):
-        raise QwenError(f"--attn {args.attn} can't decode prompts of several lengths together here: use sdpa")
 
 
 def cache_tokens(model: QWenLMHeadModel, gib: float | None = None) -> int:

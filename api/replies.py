@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from starlette.requests import Request as HttpRequest
 
 from qwen import QwenError
+from qwen.engine import Closed, Engine, QueueFull, Request, Update, describe_error
 
-from .engine import Closed, Engine, QueueFull, Request, Update, describe_error
 from .errors import ApiError
 
 logger = logging.getLogger("qwen.api")

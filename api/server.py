@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import transformers
 
+from qwen.engine import Engine
 from qwen.sampling import Sampling
 
-from .engine import Engine
 from .errors import ApiError
 from .grammar import Grammars
 from .metrics import Metrics
@@ -59,7 +59,7 @@ class Server:
         """The engine; while it is loading, or closing, clients are told to come again."""
         if self.engine is None:
             raise ApiError(503, "the model is loading: try again", code="loading", retry_after=5)
-        if not self.engine.thread.is_alive() or self.engine.closing is not None:
+        if self.engine.closing is not None:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=30)
         return self.engine
 

@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging
 
 from eval import evaluate_gsm8k, evaluate_mmlu
-from eval.engine import BatchLimits, Engine, batch_limits, plan_batches
+from eval.engine import Engine, plan_batches
 from eval.task import Record, Sample, Task
 from qwen import QwenError
 from utils import DTYPES, load_model_and_tokenizer, run_script
@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", default=["anatomy", "virology"], help="of MMLU (default: %(default)s)")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's directory: compare generated texts too")
     parser.add_argument("--limit", type=int, default=8, help="questions of each subject (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="of both (default: ours by itself, lm-eval 8)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="of lm-eval (default: 8)")
     parser.add_argument("--new-tokens", type=int, default=32, help="GSM8K: longest text (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="how often all ways are measured (default: %(default)s)")
     return parser.parse_args(argv)
@@ -48,14 +48,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ---- the three ways ----
 
 
-def run_engine(engine: Engine, task: Task, samples: Sequence[Sample], batch_size: int | None) -> Answers:
+def run_engine(engine: Engine, task: Task, samples: Sequence[Sample]) -> Answers:
     """This project's runner, without its files."""
     prompts = [task.prompt(sample, engine.tokenizer, engine.model.config.seq_length) for sample in samples]
     records: dict[int, Record] = {}
-    limits = BatchLimits(rows=batch_size) if batch_size else batch_limits(engine.model)
-    for batch in plan_batches(prompts, limits, engine.new_tokens):
-        answers = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
-        records.update(zip(batch.members, answers, strict=True))
+    engine.engine.pool.forget()  # nothing of the round before
+    for batch in plan_batches(prompts):
+        records.update(zip(batch, engine.answer([prompts[i].ids for i in batch]), strict=True))
     return [read(task, records[number]) for number in range(len(samples))]
 
 
@@ -125,7 +124,7 @@ def compare(title: str, engine: Engine, task: Task, args: argparse.Namespace) ->
     """Print the table of one benchmark."""
     samples = task.load()
     ways: dict[str, Callable[[], Answers]] = {
-        "this runner": lambda: run_engine(engine, task, samples, args.batch_size),
+        "this runner": lambda: run_engine(engine, task, samples),
         "one prompt at a time": lambda: run_one_by_one(engine, task, samples),
         "lm-eval, hf backend": lambda: run_harness(engine, task, samples, args.batch_size or 8),
     }

@@ -5,7 +5,6 @@ same file as of one process.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers.utils import logging
 
-from eval.engine import Batch, BatchLimits, Engine, batch_limits, plan_batches
+from eval.engine import MOST_ROWS, Engine, plan_batches
 from eval.report import counts, published, table, versions
 from eval.run_folder import (
     RunFolder,
@@ -30,7 +29,7 @@ from eval.run_folder import (
     write_json,
     write_whole,
 )
-from eval.task import Prompt, Record, Sample, Task
+from eval.task import Record, Sample, Task
 from qwen import QwenError
 from utils import DTYPE_NAMES, add_model_arguments, find_checkpoint, load_from_args
 
@@ -184,43 +183,31 @@ def answer_all(
     """The records of all samples, in their order; this process computes its share of those that are missing."""
     prompts = [task.prompt(sample, tokenizer, model.config.seq_length) for sample in samples]
     hashes = [prompt_hash(prompt.ids) for prompt in prompts]
-    engine = Engine(model, tokenizer, task.choices, task.stops(tokenizer), task.max_new_tokens)
-    batches = make_plan(args, model, prompts, engine, folder, state)
+    rows = MOST_ROWS if args.batch_size == "auto" else args.batch_size
+    engine = Engine(model, tokenizer, task.choices, task.stops(tokenizer), task.max_new_tokens, rows)
+    batches = plan_batches(prompts)
 
     found = [folder.answers()]
     known = {id: record for part in gather_object(found) for id, record in part.items()}
     known = {s.id: known[s.id] for s, h in zip(samples, hashes, strict=True) if known.get(s.id, {}).get("prompt") == h}
-    missing = [batch for batch in batches if any(samples[i].id not in known for i in batch.members)]
-    share = missing[state.process_index :: state.num_processes]
+    missing = [tuple(i for i in batch if samples[i].id not in known) for batch in batches]
+    share = list(filter(None, missing))[state.process_index :: state.num_processes]
     new: dict[str, Record] = {}
-    total = sum(len(batch.members) for batch in share)
+    total = sum(map(len, share))
     with tqdm(total=total, desc=task.title, unit="sample", disable=not state.is_main_process or not total) as bar:
         for batch in share:
-            answers = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
-            lines = [
-                {"id": samples[i].id, "prompt": hashes[i], "question": text_hash(task.question(samples[i])), **answer}
-                for i, answer in zip(batch.members, answers, strict=True)
-            ]
-            folder.append(lines)
-            new.update((line["id"], line) for line in lines)
-            bar.update(len(lines))
+
+            def keep(number: int, answer: Record, batch: tuple[int, ...] = batch) -> None:
+                sample = samples[batch[number]]
+                line = {"id": sample.id, "prompt": hashes[batch[number]], "question": text_hash(task.question(sample))}
+                new[sample.id] = line | answer
+                folder.append([new[sample.id]])
+                bar.update()
+
+            engine.answer([prompts[i].ids for i in batch], keep)
     for part in gather_object([new]):
         known.update(part)
     return [known[sample.id] for sample in samples]
-
-
-def make_plan(
-    args: argparse.Namespace, model: Any, prompts: Sequence[Prompt], engine: Engine, folder: RunFolder, state: Any
-) -> list[Batch]:
-    """Batches; the limits that "auto" found are kept with the run, so that a resumed one cuts the same batches."""
-    if args.batch_size != "auto":
-        return plan_batches(prompts, BatchLimits(rows=args.batch_size), engine.new_tokens)
-    path = folder.path / "batch_limits.json"
-    if state.is_main_process and not path.exists():
-        write_json(path, vars(batch_limits(model)))
-    state.wait_for_everyone()
-    limits = gather_object([json.loads(path.read_text()) if path.exists() else {}])[0]
-    return plan_batches(prompts, BatchLimits(**limits), engine.new_tokens)
 
 
 # ---- from answers to the result ----

@@ -1,14 +1,10 @@
-"""A key-value cache that grows in place.
+"""A key-value cache that grows in place, for transformers' own loops; the engine has pages (see pages.py).
 
 transformers' DynamicCache copies all keys and values for every new token. Here each layer keeps some room behind them,
 so a token costs its own bytes; the layer copies itself only when the room is used up.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 MIN_ROOM = 64  # tokens
@@ -84,46 +80,6 @@ def let_grow(cache: Cache | None, num_layers: int) -> None:
         return
     if not any(layer.is_initialized or isinstance(layer, GrowingLayer) for layer in cache.layers):
         cache.layers = [GrowingLayer() for _ in range(num_layers)]
-
-
-class JointCache(Cache):
-    """Caches of single conversations, of any lengths, as the rows of one batch.
-
-    They stay what they are: a conversation joins and leaves a batch between any two steps, without being copied.
-    """
-
-    def __init__(self, rows: Sequence[Cache]) -> None:
-        super().__init__(layers=[layer for row in rows for layer in row.layers])
-        self.rows = rows
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the longest row."""
-        return max(row.get_seq_length() for row in self.rows)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple:
-        """Append row b of new keys and values (B, H, T, D) to cache b; returns them all, padded on the right."""
-        pairs = [
-            row.update(key_states[b : b + 1], value_states[b : b + 1], layer_idx) for b, row in enumerate(self.rows)
-        ]
-        longest = max(keys.shape[2] for keys, _ in pairs)
-        keys, values = (
-            torch.cat([pad(x, (0, 0, 0, longest - x.shape[2])) for x in rows]) for rows in zip(*pairs, strict=True)
-        )
-        return keys, values
-
-    def masks(
-        self, position_ids: Tensor, windows: Sequence[int | None], dtype: torch.dtype
-    ) -> dict[int | None, Tensor]:
-        """By window: what is added to the scores (B, 1, T, S) of the queries at `position_ids` (B, T)."""
-        keys = torch.arange(int(position_ids.max()) + 1, device=position_ids.device)
-        queries = position_ids[:, None, :, None]
-        masks = {}
-        for window in set(windows):
-            hidden = (keys > queries) if window is None else (keys > queries) | (keys <= queries - window)
-            masks[window] = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill(hidden, -torch.inf)
-        return masks
 
 
 def is_growing(cache: Cache | None) -> bool:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from .chatml import DEFAULT_WINDOW, Prompt, Turn, build_prompt, make_context, stop_sequences
-from .errors import QwenError
+from .errors import QwenError, not_finite
 from .history import check_history
 from .reply import Reply, ReplyDecoder, StopWord
 
@@ -34,16 +34,7 @@ class FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if torch.isfinite(scores).all():
             return scores
-        raise self.error(self.dtype)
-
-    @staticmethod
-    def error(dtype: torch.dtype) -> QwenError:
-        """What to tell whoever loaded the weights in this type."""
-        if dtype == torch.float16:
-            cause = "float16 overflowed; load the model in bfloat16 (bf16=True, --dtype bf16) or in float32"
-        else:
-            cause = f"the weights ({dtype}) are damaged, or training diverged; check where the checkpoint is from"
-        return QwenError(f"the model's logits are NaN or infinite: {cause}")
+        raise not_finite(self.dtype)
 
 
 class StopSequences(StoppingCriteria):

@@ -7,6 +7,7 @@ operations do the work.
 
 import ctypes
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .cache import JointCache, is_growing
+from .cache import is_growing
 from .errors import QwenError
 from .hardware import hardware, machine_key, num_threads
 from .int4 import Int4Linear
 from .loss import LMHead
+from .paged_attention import PagedStep
+from .pages import CPU_PAGE
 from .paths import user_cache_dir
 
 SOURCE = Path(__file__).with_name("kernels") / "decoder.cpp"
@@ -53,7 +56,6 @@ class _Layer(Structure):
 
 class _Rotary(Structure):
     _fields_ = [(name, c_void_p) for name in ("query_cos", "query_sin", "key_cos", "key_sin")]
-    _fields_ += [("batch_stride", c_int64)]
 
 
 class _Decoder(Structure):
@@ -63,8 +65,8 @@ class _Decoder(Structure):
 
 
 class _Step(Structure):
-    _fields_ = [("cache", c_void_p), ("first", c_void_p), ("past", c_void_p), ("rotary", _Rotary)]
-    _fields_ += [(name, c_int32) for name in ("B", "T", "threads")]
+    _fields_ = [("cache", c_void_p), ("sequences", c_void_p), ("rotary", _Rotary)]
+    _fields_ += [(name, c_int32) for name in ("num_sequences", "N", "threads")]
 
 
 # ---- building ----
@@ -143,7 +145,12 @@ class CpuDecoder:
         vars(self).update(state, kernels=load_kernels(), watch=None, described_for=None, known=False, alive=[])
 
     def fits(
-        self, hidden: Tensor, attention_mask: Any, cache: Cache | None, training: bool, kwargs: dict[str, Any]
+        self,
+        hidden: Tensor,
+        attention_mask: Any,
+        cache: Cache | PagedStep | None,
+        training: bool,
+        kwargs: dict[str, Any],
     ) -> bool:
         """Whether these inputs, and the model as it is now, are what the kernels compute."""
         return (
@@ -151,7 +158,7 @@ class CpuDecoder:
             and not torch.is_grad_enabled()
             and hidden.device.type == "cpu"
             and hidden.dtype in KINDS
-            and is_growing(cache)
+            and (isinstance(cache, PagedStep) or is_growing(cache))
             and not kwargs.get("output_attentions")
             and not kwargs.get("output_hidden_states")
             and not torch.compiler.is_compiling()
@@ -165,28 +172,27 @@ class CpuDecoder:
         query_rotary: tuple[Tensor, Tensor],
         key_rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        cache: Cache,
+        cache: Cache | PagedStep,
     ) -> Tensor:
         """The normed output (B, T, C) of all layers for embeddings (B, T, C), appending to the cache."""
         B, T, _ = hidden.shape
-        row_caches = cache.rows if isinstance(cache, JointCache) else [cache]
-        past = [row.get_seq_length() for row in row_caches] * (B // len(row_caches))
         x = hidden.to(torch.float32, copy=True).contiguous()
-        angles = [part.reshape(part.shape[0], T, -1).contiguous() for part in (*query_rotary, *key_rotary)]
-        rows = min(part.shape[0] for part in angles)
-        first = torch.zeros(B, dtype=torch.int32)
-        if attention_mask is not None:
-            first = attention_mask.long().argmax(-1).int()
-        places = self._places(row_caches, B // len(row_caches), T, hidden.dtype)
-        past = torch.tensor(past, dtype=torch.int32)
+        angles = [
+            part.reshape(part.shape[0], T, -1).expand(B, T, -1).contiguous() for part in (*query_rotary, *key_rotary)
+        ]
+        if isinstance(cache, PagedStep):
+            places, sequences = self._places_of_pages(cache), _sequences(cache.counts, cache.pasts)
+        else:
+            first = [0] * B if attention_mask is None else attention_mask.long().argmax(-1).tolist()
+            places = self._places_of_rows(cache, first, T, hidden.dtype)
+            sequences = _sequences([T] * B, [cache.get_seq_length() - padding for padding in first])
         step = _Step(
-            places.data_ptr(), first.data_ptr(), past.data_ptr(),
-            _Rotary(*(part.data_ptr() for part in angles), 0 if rows == 1 else angles[0][0].numel()),
-            B, T, num_threads(),
+            places.data_ptr(), sequences.data_ptr(), _Rotary(*(part.data_ptr() for part in angles)), len(sequences),
+            B * T, num_threads(),
         )  # fmt: skip
         self.kernels.qwen_decode(byref(self.decoder), byref(step), x.data_ptr())
-        for row in row_caches:
-            for layer in row.layers[: self.decoder.num_layers]:
+        if not isinstance(cache, PagedStep):
+            for layer in cache.layers[: self.decoder.num_layers]:
                 layer.length += T
         return x.to(hidden.dtype)
 
@@ -204,23 +210,34 @@ class CpuDecoder:
         self.kernels.qwen_linear(byref(matrix), x.data_ptr(), rows, y.data_ptr(), num_threads())
         return y
 
-    def _places(self, caches: Sequence[Cache], B: int, T: int, dtype: torch.dtype) -> Tensor:
-        """Where the kernels find the keys and values of each row, and their capacity: (layers, rows, 3) int64.
+    def _places_of_rows(self, cache: Cache, first: Sequence[int], T: int, dtype: torch.dtype) -> Tensor:
+        """Where the kernels find keys and values: struct KeyValues of each layer and row, as (layers, B, 5) int64.
 
-        Each cache holds B rows. Each layer gets room for T more tokens.
+        `first` counts each row's padding. Each layer gets room for T more tokens.
         """
         config, places = self.config, []
-        for row in caches:
-            for layer in row.layers:
-                if not layer.is_initialized:
-                    empty = torch.empty(B, config.num_attention_heads, 0, config.kv_channels, dtype=dtype)
-                    layer.lazy_initialization(empty, empty)
-                keys, values = layer.reserve(T)
-                places.append((keys.data_ptr(), values.data_ptr(), keys.shape[2]))
-        first = torch.tensor(places).view(len(caches), -1, 3).transpose(0, 1)  # of row 0 of each cache
-        size = first[:, :, 2] * (config.num_attention_heads * config.kv_channels * dtype.itemsize)  # bytes of a row
-        offsets = size[:, :, None, None] * torch.arange(B)[:, None] * torch.tensor([1, 1, 0])
-        return (first[:, :, None] + offsets).flatten(1, 2).contiguous()
+        D, page = config.kv_channels, CPU_PAGE * config.kv_channels
+        for layer in cache.layers:
+            if not layer.is_initialized:
+                empty = torch.empty(len(first), config.num_attention_heads, 0, D, dtype=dtype)
+                layer.lazy_initialization(empty, empty)
+            keys, values = layer.reserve(T)
+            capacity = keys.shape[2]
+            for row, padding in enumerate(first):
+                offset = (row * config.num_attention_heads * capacity + padding) * D * dtype.itemsize
+                places.append((keys.data_ptr() + offset, values.data_ptr() + offset, 0, page, capacity * D))
+        return torch.tensor(places)
+
+    def _places_of_pages(self, step: PagedStep) -> Tensor:
+        """The same of a step over pages."""
+        tables = step.tables.data_ptr() + step.tables.stride(0) * step.tables.itemsize * torch.arange(len(step.counts))
+        head = CPU_PAGE * self.config.kv_channels
+        places = torch.empty(len(step.pool.layers), len(step.counts), 5, dtype=torch.int64)
+        for place, layer in zip(places, step.pool.layers, strict=True):
+            place[:, 0], place[:, 1] = layer[0].data_ptr(), layer[1].data_ptr()
+        places[:, :, 2] = tables
+        places[:, :, 3], places[:, :, 4] = self.config.num_attention_heads * head, head
+        return places
 
     def _weights_are_known(self, dtype: torch.dtype) -> bool:
         """Whether all modules are of the kinds that the kernels compute; describes them anew where they changed."""
@@ -249,6 +266,12 @@ class CpuDecoder:
             self.layers[0].attn.scaling,
         )  # fmt: skip
         self.alive = alive
+
+
+def _sequences(counts: Sequence[int], pasts: Sequence[int]) -> Tensor:
+    """struct Sequence of each: where its new tokens start, how many they are, and what was before."""
+    starts = [0, *itertools.accumulate(counts)][:-1]
+    return torch.tensor(list(zip(starts, counts, pasts, strict=True)), dtype=torch.int32)
 
 
 def _padded_left(attention_mask: Any) -> bool:

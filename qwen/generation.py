@@ -1,25 +1,31 @@
 """transformers' `generate`, where it has to know about Qwen: stop words, NTK factors, long prompts, and the sampler."""
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import is_growing, let_grow
-from .chat import ChatMixin, FiniteLogits, StopSequences, light_criterion
-from .compiled import CompiledReplies
-from .errors import QwenError
+from .chat import ChatMixin, FiniteLogits, ReplyCriteria, StopSequences, light_criterion
+from .engine import Engine, Limits, Request
+from .errors import QwenError, not_finite
+from .pages import kv_room
+from .reply import ReplyDecoder
 from .sampling import COLDEST, Sampler, Sampling, row_generators
 from .settings import check_stop_words_ids
 
+MOST_ROWS = 32  # that decode together in Python; more of them wait
+ENGINE_CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopSequences, ReplyCriteria)
+ENGINE_ARGUMENTS = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "position_ids"}
 PREFILL_CHUNK = 1024  # tokens: as fast as a whole prompt, on CPUs and GPUs, and a long prompt needs no more memory
 WARPERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "watermarking_config")  # that only transformers has
 
@@ -31,6 +37,32 @@ class Processors(LogitsProcessorList):
     def __init__(self, every: LogitsProcessorList, rest: LogitsProcessorList, sampling: Sampling) -> None:
         super().__init__(every)
         self.rest, self.sampling = rest, sampling
+
+
+class TokenReader:
+    """Collects the tokens of one row of `generate`, and ends it at stop sequences or with the reply that reads it."""
+
+    def __init__(self, stops: Sequence[Sequence[int]], reply: ReplyDecoder | None) -> None:
+        self.ids: list[int] = []
+        self.stops, self.reply = [list(stop) for stop in stops], reply
+        self.finish_reason: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        ended = any(self.ids[-len(stop) :] == stop for stop in self.stops)
+        if self.reply is not None:
+            self.reply.push(token)
+            ended = ended or self.reply.finish_reason is not None
+        self.finish_reason = "stop" if ended else None
+        return ""
+
+    def close(self, reason: str) -> str:
+        self.finish_reason = self.finish_reason or reason
+        return ""
 
 
 @dataclass
@@ -58,7 +90,22 @@ class Steps:
 class QWenGenerationMixin(ChatMixin, GenerationMixin):
     """`generate` and the `chat` methods of QWenLMHeadModel."""
 
-    compiled: CompiledReplies | None
+    _engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What makes this model's replies; it is made when it is first needed, and anew for a model that has moved."""
+        if self._engine is None or not self._engine.fits():
+            self._engine = Engine(self, limits=Limits(
+                MOST_ROWS, max_queue=10**6, kv_tokens=kv_room(self), chunk=PREFILL_CHUNK // 4, timeout=math.inf
+            ))  # fmt: skip
+        return self._engine
+
+    def train(self, mode: bool = True) -> Any:
+        """As of any module. What was kept of replies goes: it is of weights that are about to change."""
+        if mode:
+            self._engine = None
+        return super().train(mode)
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse `generate(custom_generate="a directory or repository")`; a function of the caller's is taken."""
@@ -85,10 +132,7 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), StopSequences(stop_words_ids)])
         if "max_length" in kwargs and generation_config is None:  # over the max_new_tokens of the checkpoint's settings
             kwargs.setdefault("max_new_tokens", None)
-        generate = partial(
-            super().generate, inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
-        )
-        return generate() if self.compiled is None else self.compiled.run(generate)
+        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs)
 
     def _sample(
         self,
@@ -100,10 +144,15 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """The loop of greedy search and sampling: as transformers' own, but for the sampler.
+        """Greedy search and sampling: by the engine, or for what only transformers does by a loop as its own, with
+        our sampler.
 
-        With a growing cache it also leaves out that one's bookkeeping, which costs milliseconds a token.
+        With a growing cache the loop also leaves out that one's bookkeeping, which costs milliseconds a token.
         """
+        plain = streamer is None and not synced_gpus and not logits_processor.rest
+        if plain and self._engine_can(stopping_criteria, generation_config, model_kwargs):
+            mask, sampling = model_kwargs.get("attention_mask"), logits_processor.sampling
+            return self._by_engine(input_ids, mask, sampling, stopping_criteria, generation_config)
         config, device = generation_config, input_ids.device
         sampler = self._begin_sampling(input_ids, model_kwargs.get("attention_mask"), logits_processor.sampling)
         outputs = self._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
@@ -139,6 +188,53 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
             hidden_states=steps.hidden_states, past_key_values=cache,
         )  # fmt: skip
 
+    def _engine_can(
+        self, criteria: StoppingCriteriaList, config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a call asks for nothing but tokens, of a model at inference, from the beginning of its prompts."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        return (
+            not self.training
+            and not config.return_dict_in_generate
+            and not config.is_assistant
+            and config.prefill_chunk_size is None
+            and getattr(cache, "is_fresh", False)
+            and config.max_length <= self.engine.context
+            and all(type(criterion) in ENGINE_CRITERIA for criterion in criteria)
+            and {name for name, value in model_kwargs.items() if value is not None} <= ENGINE_ARGUMENTS
+            and (mask is None or _is_padded_left(mask))
+            and _are_counted(model_kwargs.get("position_ids"), mask)
+        )
+
+    def _by_engine(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        sampling: Sampling,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> Tensor:
+        """Prompts (B, T), padded on the left, and their replies behind them, padded on the right."""
+        B, T = input_ids.shape
+        lengths = [T] * B if mask is None else mask.long().sum(-1).tolist()
+        prompts = [ids[T - length :].tolist() for ids, length in zip(input_ids, lengths, strict=True)]
+        stops = [stop for c in map(light_criterion, criteria) if isinstance(c, StopSequences) for stop in c.sequences]
+        given = next((criterion for criterion in criteria if isinstance(criterion, ReplyCriteria)), None)
+        readers = [TokenReader(stops, reply) for reply in (given.decoders if given else [None] * B)]
+        randoms = [None] * B if sampling.greedy else row_generators(B)
+        requests = [
+            Request(prompt, config.max_length - T, sampling, decoder=reader, random=random)
+            for prompt, reader, random in zip(prompts, readers, randoms, strict=True)
+        ]
+        if given is None:
+            self.engine.write(requests)
+        else:
+            self.engine.write(requests, given.cancelled, lambda number, update: given.on_step())
+        width, pad = max(len(reader.ids) for reader in readers), config._pad_token_tensor
+        filler = 0 if pad is None else int(pad)
+        new = [reader.ids + [filler] * (width - len(reader.ids)) for reader in readers]
+        return torch.cat([input_ids, input_ids.new_tensor(new).view(B, width)], dim=-1)
+
     def _begin_sampling(self, input_ids: Tensor, mask: Any, sampling: Sampling) -> Sampler:
         sampler = Sampler(self.config.vocab_size, input_ids.device, len(input_ids))
         padded = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == input_ids.shape
@@ -151,7 +247,7 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
         choices = sampler.choose(logits, range(len(logits)), scores=scores)
         for choice in choices:
             if isinstance(choice, QwenError):
-                raise FiniteLogits.error(self.dtype)
+                raise not_finite(self.dtype)
         return [choice.token for choice in choices]
 
     def _choose_step(self, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
@@ -213,15 +309,12 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any
     ) -> None:
+        given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        let_grow(model_kwargs.get("past_key_values"), len(self.transformer.h))
-
-    def _prepare_static_cache(self, **kwargs: Any) -> Cache:
-        make = super()._prepare_static_cache
-        if self.compiled is None:
-            return make(**kwargs)
-        rows, tokens = kwargs["batch_size"], kwargs["max_cache_len"]
-        return self.compiled.cache_for(rows, tokens, lambda room: make(**{**kwargs, "max_cache_len": room}))
+        cache = model_kwargs.get("past_key_values")
+        let_grow(cache, len(self.transformer.h))
+        if given is None and is_growing(cache):
+            cache.is_fresh = True  # nobody but this call knows it
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict]:
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
@@ -247,6 +340,20 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
         else:
             rest = LogitsProcessorList()
         return Processors(every, rest, sampling)
+
+
+def _is_padded_left(mask: Tensor) -> bool:
+    """Whether a mask (B, T) hides nothing but the beginning of each row, and no row whole."""
+    return mask.ndim == 2 and bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all())
+
+
+def _are_counted(positions: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether positions (B, T), where given, are those of tokens that are counted from each row's first on."""
+    if positions is None:
+        return True
+    if mask is None:
+        return bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
+    return bool((positions == mask.long().cumsum(-1) - 1)[mask.bool()].all())
 
 
 def _is_used(warper: Any) -> bool:

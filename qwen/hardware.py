@@ -10,11 +10,12 @@ kernels   off, generic, v3, v4 or native: the instructions that the compiled CPU
 threads   how many threads compute
 """
 
+import inspect
 import os
 import platform
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -98,6 +99,21 @@ def computes_bf16(device: str) -> bool:
     if kind == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     return hardware().bf16 if kind == "cpu" else True
+
+
+@cache
+def has_paged_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's attention can read keys and values out of pages on this device: FlashAttention 2 for NVIDIA's
+    GPUs from compute capability 8.0 on, in 16 bits, in a PyTorch that hands tables to it."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn_out
+    except ImportError:
+        return False
+    return {"block_table", "num_splits"} <= inspect.signature(varlen_attn_out).parameters.keys()
 
 
 def explain_missing_gpu() -> str:

@@ -55,7 +55,7 @@ def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     else:  # no such product there: a part of the weight at a time, widened
         size = max(WIDENED_ELEMENTS // weight.shape[1], 1)
         logits = torch.cat([linear(rows.float(), part.float()) for part in weight.split(size)], dim=-1)
-    return logits.view(*hidden.shape[:-1], -1)
+    return logits.view(*hidden.shape[:-1], weight.shape[0])
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, sliding_window_overlay
@@ -26,17 +26,18 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import JointCache, let_grow
+from .cache import let_grow
 from .chatml import complete_eos_ids
 from .checkpoint import check_loaded_keys, check_weight_files, with_quantization, without_code
-from .compiled import CompiledReplies, warm_up
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
 from .errors import QwenError
 from .generation import QWenGenerationMixin
 from .int4 import check_layers  # importing it also tells transformers how to load Int4 checkpoints
 from .keywords import translate_keywords
+from .long_context import dynamic_ntk_alpha, logn_scale
 from .loss import LMHead
+from .paged_attention import PagedStep
 from .push_code import push_code_to
 from .settings import prepare, saveable
 
@@ -62,36 +63,20 @@ class QWenRMSNorm(nn.Module):
         return x32.type_as(x) * self.weight
 
 
-def dynamic_ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
-    """Dynamic NTK's factor for prompts of `lengths` (B,) tokens: 1 up to `seq_length` S, 3 up to 2S, 7 up to 4S, ...
-
-    The published formula max(2**ceil(log2(L / S) + 1) - 1, 1), by comparing integers, so that no rounding of a
-    logarithm decides at the borders.
-    """
-    borders = seq_length * 2 ** torch.arange(24, device=lengths.device)
-    doublings = (lengths[:, None] > borders).sum(-1)
-    return (2.0 ** (doublings + 1) - 1).float()
-
-
 def rotary_embedding(position_ids: Tensor, alpha: Tensor | None, config: QWenConfig) -> Rotary:
-    """Angles of RoPE for `position_ids` (B, T), its base stretched to base * alpha**(D/(D-2)) by row where given (B,).
+    """Angles of RoPE for `position_ids` (B, T), its base stretched to base * alpha**(D/(D-2)) where given, by row
+    (B,) or by token (B, T).
 
     Computed at each call rather than kept in a buffer: it is small, and each conversation may have its own alpha.
     """
     even = torch.arange(0, config.kv_channels, 2, device=position_ids.device, dtype=torch.float32)  # (D/2,)
     inv_freq = 1 / config.rotary_emb_base ** (even / config.kv_channels)  # so written, equal to Qwen2 to the last bit
     if alpha is not None:
-        inv_freq = inv_freq * alpha[:, None] ** (-even / (config.kv_channels - 2))  # (B, D/2)
-        inv_freq = inv_freq[:, None, None, :]
+        alpha = alpha.view(len(alpha), 1, -1, 1)  # (B, 1, 1 or T, 1)
+        inv_freq = inv_freq * alpha ** (-even / (config.kv_channels - 2))  # (B, 1, 1 or T, D/2)
     angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, D/2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def logn_scale(position_ids: Tensor, seq_length: int) -> Tensor:
-    """Factor of a query at 0-based position p: log(p + 1) / log(seq_length) beyond seq_length, else 1. (B, 1, T, 1)."""
-    scale = torch.log(position_ids + 1.0) / math.log(seq_length)
-    return scale.clamp(min=1.0)[:, None, :, None]
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
@@ -142,7 +127,7 @@ class QWenAttention(nn.Module):
         query_rotary: Rotary,
         key_rotary: Rotary,
         window: int | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | PagedStep | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
@@ -151,6 +136,9 @@ class QWenAttention(nn.Module):
             for part in self.c_attn(x).chunk(3, dim=-1)
         )
         query, key = apply_rotary(query, query_rotary), apply_rotary(key, key_rotary)
+        if isinstance(past_key_values, PagedStep):
+            output = past_key_values.attend(self.layer_idx, query, key, value, self.scaling, window)
+            return self.c_proj(output.reshape(B, T, -1)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
 
@@ -344,8 +332,8 @@ class QWenModel(QWenPreTrainedModel):
         # By window; a dict already where `generate` has made them for a static cache.
         masks = attention_mask
         if not isinstance(masks, dict):
-            if isinstance(past_key_values, JointCache):
-                masks = past_key_values.masks(position_ids, windows, inputs_embeds.dtype)
+            if isinstance(past_key_values, PagedStep):
+                masks = dict.fromkeys(windows)  # it knows by itself what each token sees
             else:
                 masks = attention_masks(
                     self.config, inputs_embeds, attention_mask, past_key_values, position_ids, windows
@@ -453,7 +441,6 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
         self.transformer = QWenModel(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # transformers would derive it from a class name in its own style
-        self.compiled: CompiledReplies | None = None  # set by `compile_replies`
         self.post_init()
 
     @can_return_tuple
@@ -510,12 +497,5 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
         kernels = load_kernels()
         self.transformer.cpu_decoder = None if kernels is None else CpuDecoder(kernels, self.transformer)
         return kernels is not None
-
-    def compile_replies(self, compile_config: CompileConfig | None = None, show_progress: bool = True) -> None:
-        """Compile the steps of `generate` for a GPU, and warm them up (see compiled.py); for one reply at a time."""
-        self.generation_config.cache_implementation = "static"
-        self.generation_config.compile_config = compile_config
-        self.compiled = CompiledReplies()
-        warm_up(self, show_progress)
 
     create_masks_for_generate = staticmethod(attention_masks)

@@ -45,23 +45,24 @@ static void run(int32_t kind) {
                           matrix(kind, MLP, C), matrix(kind, MLP, C), matrix(kind, C, MLP), i * 40});
     const Matrix head = matrix(kind == INT4 ? FLOAT32 : kind, VOCAB, C);
     const Decoder decoder{layers.data(), numbers(C, 0.2f, 1), LAYERS, C, HEADS, D, MLP, cache_kind, 1e-6f, 0.18f};
-    std::vector<float> memory(LAYERS * 2 * HEADS * (PROMPT + STEPS) * D);
+    constexpr int PADDING = 3, ROOM = PROMPT + STEPS;
+    std::vector<float> memory(LAYERS * 2 * HEADS * ROOM * D);
     std::vector<KeyValues> cache;
     for (int i = 0; i < LAYERS; i++) {
-        float* keys = memory.data() + i * 2 * HEADS * (PROMPT + STEPS) * D;
-        cache.push_back({keys, keys + HEADS * (PROMPT + STEPS) * D, PROMPT + STEPS});
+        float* keys = memory.data() + i * 2 * HEADS * ROOM * D + PADDING * D;
+        cache.push_back({keys, keys + HEADS * ROOM * D, nullptr, KEYS * D, ROOM * D});
     }
     for (int32_t past = 0, T = PROMPT; past < PROMPT + STEPS; past += T, T = 1) {
         std::vector<float> x(T * C), angles(4 * T * D), logits(T * VOCAB);
         for (float& value : x) value = next();
         for (float& value : angles) value = next();
         const float* a = angles.data();
-        const int32_t first = 3;
-        const Step step{cache.data(), &first, &past, {a, a + T * D, a + 2 * T * D, a + 3 * T * D, 0}, 1, T, 2};
+        const Sequence sequence{0, T, past - PADDING};
+        const Step step{cache.data(), &sequence, {a, a + T * D, a + 2 * T * D, a + 3 * T * D}, 1, T, 2};
         qwen_decode(&decoder, &step, x.data());
         qwen_linear(&head, x.data(), T, logits.data(), 2);
-        for (int i = T > first ? first * C : 0; i < T * C; i++) printf("%.9g\n", x[i]);
-        for (int i = T > first ? first * VOCAB : 0; i < T * VOCAB; i++) printf("%.9g\n", logits[i]);
+        for (int i = T > PADDING ? PADDING * C : 0; i < T * C; i++) printf("%.9g\n", x[i]);
+        for (int i = T > PADDING ? PADDING * VOCAB : 0; i < T * VOCAB; i++) printf("%.9g\n", logits[i]);
     }
 }
 

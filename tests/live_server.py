@@ -17,10 +17,10 @@ from transformers import GenerationConfig
 
 from api import chat
 from api.app import create_app
-from api.engine import Engine, Limits
 from api.grammar import Constraint
 from api.server import Server, Settings
 from qwen import QWenConfig, QWenLMHeadModel, QWenTokenizer
+from qwen.engine import Engine, Limits
 
 SAY = "say: "
 

@@ -537,7 +537,7 @@ def test_where_keys_come_from(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
     for flags, message in (
         (["--api-key-file", str(file)], "is empty"), (["--api-key-file", str(tmp_path)], "can't be read"),
         (["--api-auth", "me"], "USER:PASSWORD"), (["--max-batch", "0"], "--max-batch 0 is too low"),
-        (["--tp", "2"], "--tp works in chats"), (["--attn", "flash_attention_2"], "use sdpa"),
+        (["--tp", "2"], "--tp works in chats"),
     ):  # fmt: skip
         with pytest.raises(QwenError, match=message):
             make_settings(parse_args(flags))

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import live_server
-from api.engine import Closed, Engine, Limits, QueueFull, Request, Update
 from api.grammar import Constraint
 from qwen import QWenLMHeadModel, QWenTokenizer
+from qwen.engine import Closed, Engine, Limits, QueueFull, Request, Update
 from qwen.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -30,7 +30,7 @@ def engine(model: QWenLMHeadModel, tokenizer: QWenTokenizer) -> Iterator[Engine]
     yield engine
     engine.close()
     engine.join()
-    assert not engine.running and not engine.waiting
+    assert not engine.running and not engine.waiting and engine.pool.taken == 0
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -60,7 +60,7 @@ class Collector:
 
 
 def generate(model: QWenLMHeadModel, prompt: list[int], count: int) -> list[int]:
-    """What transformers' own loop gives, greedily."""
+    """What transformers' own loop gives, greedily, with a cache of its own."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
@@ -72,7 +72,7 @@ def test_replies_alone_and_in_company_are_those_of_generate(model: QWenLMHeadMod
     requests = [Request(prompt, 6 + 3 * (i % 4), GREEDY) for i, prompt in enumerate(prompts(12))]
     expected = [generate(model, list(request.prompt), request.max_tokens) for request in requests]
     alone = [Collector(engine, [request]).tokens()[0] for request in requests]
-    engine.prefixes.shrink(0)
+    engine.pool.forget()
     together = Collector(engine, requests).tokens()
     assert expected == alone == together
     assert len({tuple(tokens) for tokens in together}) > 6
@@ -111,14 +111,14 @@ def test_memory_is_never_promised_twice(model: QWenLMHeadModel, tokenizer: QWenT
     done: queue.Queue = queue.Queue()
 
     def deliver(number: int, update: Update) -> None:
-        running = sum(len(job.conversation) for job in engine.running if job.conversation)
-        held.append((engine.reserved, running + engine.prefixes.tokens))
+        held.append((engine.promised, engine.pool.available, engine.pool.size))
         if update.finish_reason:
             done.put(number)
 
     engine.submit(requests, deliver)
     assert sorted(done.get(timeout=60) for _ in requests) == list(range(15))
-    assert max(reserved for reserved, _ in held) <= 300 and max(tokens for _, tokens in held) <= 300
+    assert all(promised <= available and size <= 5 for promised, available, size in held), "pages of 64 tokens"
+    assert min(available for _, available, _ in held) < 2
     with pytest.raises(ValueError, match="1 to 300 tokens"):
         engine.submit([Request([1] * 295, 10)], deliver)
     engine.close()

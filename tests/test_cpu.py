@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paged import Steps
 from peft import LoraConfig, get_peft_model
 from transformers.cache_utils import DynamicCache
 
@@ -15,7 +16,7 @@ import golden
 import qwen.cpu
 from golden import TOLERANCE, difference, left_pad
 from qwen import QWenLMHeadModel
-from qwen.cache import GrowingLayer, JointCache, let_grow
+from qwen.cache import GrowingLayer, let_grow
 from qwen.hardware import VARIABLE, kernel_levels
 from qwen.int4 import Int4Linear, pack_words
 
@@ -201,18 +202,12 @@ def test_a_row_gives_the_same_bits_in_any_company(
     for expected, logits in zip(alone, model(ids, attention_mask=mask).logits, strict=True):
         assert torch.equal(logits[-len(expected) :], expected)
 
-    caches = [DynamicCache() for _ in rows]
-    for row, cache in zip(rows, caches, strict=True):
-        model(row[:, :-4], past_key_values=cache, use_cache=True)
-    for step in range(-4, 0):
-        logits = model(
-            torch.cat([row[:, step : step + 1 or None] for row in rows]),
-            position_ids=torch.tensor([[row.shape[1] + step] for row in rows]),
-            past_key_values=JointCache(caches),
-            use_cache=True,
-        ).logits
-        assert torch.equal(logits[:, 0], torch.stack([expected[step] for expected in alone]))
-    assert len(counts) == 5 + 3 + 4 + 3 + 20 + 1 + 5 + 4, "all of it in the kernels"
+    steps = Steps(model, [row[0].tolist() for row in rows])
+    for portions in ([130, 40, 3, 1, 30], [1] * 5, [19, 25, 3, 129, 34]):  # chunks and single tokens in company
+        steps.run(portions)
+    for expected, logits in zip(alone, steps.logits, strict=True):
+        assert torch.equal(torch.cat(logits), expected)
+    assert len(counts) == 5 + 3 + 4 + 3 + 20 + 1 + 3, "all of it in the kernels"
 
 
 @torch.inference_mode()

@@ -7,17 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import golden
 from eval import evaluate_chat_gsm8k, evaluate_gsm8k, evaluate_hf_agent, evaluate_humaneval, evaluate_mmlu
-from eval.engine import BatchLimits, Engine, SharedPrefix, common_length, plan_batches
+from eval.engine import Engine, plan_batches
 from eval.run_folder import RunFolder, fingerprint
 from eval.task import Prompt
 from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
-from qwen.chat import left_padded
 from utils import load_model_and_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -50,87 +50,57 @@ def mmlu_flags(checkpoint: Path, output: Path) -> list[str]:
 
 def run_files(output: Path) -> dict[str, bytes]:
     [folder] = output.iterdir()
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "batch_limits.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # ---- batches ----
 
 
 def test_plan() -> None:
-    """Families apart, longest first, within the limits of rows and tokens, every prompt once."""
+    """Families apart, longest first, every prompt once."""
     prompts = [Prompt(list(range(n)), "ab"[n % 2]) for n in (50, 61, 90, 41, 70, 33)]
-    batches = plan_batches(prompts, BatchLimits(rows=2), new_tokens=0)
-    assert [batch.members for batch in batches] == [(2, 4), (0,), (1, 3), (5,)]
-    assert [batch.shared for batch in batches] == [49, 49, 32, 32]
-    narrow = plan_batches(prompts, BatchLimits(rows=9, tokens=150), new_tokens=10)
-    assert [batch.members for batch in narrow] == [(2,), (4,), (0,), (1, 3), (5,)]
-    little = BatchLimits(rows=9, computed=42)  # behind the 49 and 32 that are shared
-    assert [batch.members for batch in plan_batches(prompts, little, 0)] == [(2,), (4, 0), (1,), (3, 5)]
-    assert [len(batch.members) for batch in plan_batches(prompts, little, 10)] == [3, 3]  # replies are for many rows
-    assert plan_batches([Prompt([1] * 9, "")] * 3, BatchLimits(), 0)[0].shared == 0
+    assert plan_batches(prompts, 2) == [(2, 4), (0,), (1, 3), (5,)]
+    assert plan_batches(prompts) == [(2, 4, 0), (1, 3, 5)]
 
 
-def test_common_length() -> None:
-    assert common_length([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
-    assert common_length([[1, 2, 3], [1, 2, 3], [1, 2, 3, 4]]) == 2  # one token of each is left to be read
-    assert common_length([[1], [2, 1]]) == 0
-
-
-@pytest.mark.parametrize("kernels", [True, False])
-@torch.inference_mode()
-def test_shared_prefix_changes_no_logits(kernels: bool) -> None:
-    """Rows of different lengths behind a prefix, against each prompt alone; with the CPU's kernels and without."""
-    model = golden.model()
-    if kernels and not model.use_cpu_kernels():
-        pytest.skip("no C++ compiler")
-    prefix = golden.ids(40)[0].tolist()
-    prompts = [prefix + golden.ids(n, k)[0].tolist() for k, n in enumerate((3, 20, 11))]
-    cache = SharedPrefix(model, prefix).spread(model, [17, 0, 9], 20)
-    ids, mask = left_padded(prompts, 0, model.device)
-    logits = model(ids[:, 40:], attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
-    for row, prompt in zip(logits, prompts, strict=True):
-        alone = model(torch.tensor([prompt])).logits[0, -1]
-        torch.testing.assert_close(row, alone, atol=1e-4, rtol=1e-4)
-
-
-def test_prompts_beyond_the_training_length_are_not_shared() -> None:
-    """There keys are turned by a factor of the whole prompt's length (dynamic NTK): a short prefix has another one."""
-    model = golden.model()
-    assert model.config.seq_length == 64 and model.config.use_dynamic_ntk
-    engine = object.__new__(Engine)
-    engine.model = model
-    assert engine._can_share(64) and not engine._can_share(65)
+def computed(model: QWenLMHeadModel, sizes: list[int]) -> Any:
+    """A hook that notes how many tokens each call of the model computes."""
+    return model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(args[0].numel()), with_kwargs=True)
 
 
 def test_batched_equals_unbatched(loaded: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
-    """Choices and greedy texts, five-shot and eight-shot, in fp32."""
+    """Choices and greedy texts, five-shot and eight-shot, in fp32; the examples are read once."""
     args = evaluate_mmlu.parse_args(mmlu_flags(Path("demo"), Path("out")))
     task = evaluate_mmlu.EvaluateMmlu(args)
     prompts = [task.prompt(sample, loaded[1], 8192) for sample in task.load()]
-    engine = Engine(*loaded, task.choices)
-    for batch in plan_batches(prompts, BatchLimits(rows=8), 0):
-        assert batch.shared > 100
-        together = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
-        for number, record in list(zip(batch.members, together, strict=True))[::3]:
-            [alone] = engine.answer([prompts[number].ids])
+    for batch in plan_batches(prompts, 8):
+        some, sizes = [prompts[i].ids for i in batch], []
+        hook = computed(loaded[0], sizes)
+        together = Engine(*loaded, task.choices).answer(some)
+        hook.remove()
+        assert sum(sizes) < 0.5 * sum(map(len, some))
+        for ids, record in list(zip(some, together, strict=True))[::3]:
+            [alone] = Engine(*loaded, task.choices).answer([ids])
             assert alone["logprobs"] == pytest.approx(record["logprobs"], abs=1e-3)
             assert max(alone["logprobs"], key=alone["logprobs"].get) == max(
                 record["logprobs"], key=record["logprobs"].get
             )
 
     task = evaluate_gsm8k.EvaluateGsm8k(evaluate_gsm8k.parse_args(["-d", str(DATA / "gsm8k"), "--limit", "3"]))
-    prompts = [task.prompt(sample, loaded[1], 8192) for sample in task.load()]
-    engine = Engine(*loaded, stops=task.stops(loaded[1]), max_new_tokens=12)
-    [batch] = plan_batches(prompts, BatchLimits(rows=3), 12)
-    assert batch.shared > 1000
-    together = engine.answer([prompts[i].ids for i in batch.members], batch.shared)
-    alone = [engine.answer([prompts[i].ids])[0] for i in batch.members]
+    prompts = [task.prompt(sample, loaded[1], 8192).ids for sample in task.load()]
+    together, alone = (
+        Engine(*loaded, stops=task.stops(loaded[1]), max_new_tokens=12).answer(prompts) for _ in range(2)
+    )
     assert together == alone
 
 
-def rows_of(args: tuple, kwargs: dict) -> int:
-    """How many rows a call of the model computes."""
-    return len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+def test_choices_have_the_log_probabilities_of_the_model(loaded: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
+    model, tokenizer = loaded
+    prompts = [tokenizer.encode_text(text) for text in ("The answer is", "One two three four", "Blue or green:")]
+    for ids, record in zip(prompts, Engine(model, tokenizer, (" A", " B")).answer(prompts), strict=True):
+        logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        expected = {choice: logprobs[tokenizer.encode_text(choice)[0]].item() for choice in (" A", " B")}
+        assert record == {"logprobs": pytest.approx(expected, abs=1e-4), "prompt_tokens": len(ids)}
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -147,27 +117,24 @@ def test_rows_that_have_ended_leave_the_batch(tiny: Path, kernels: bool) -> None
     lengths = [record["completion_tokens"] for record in alone]
     assert len(set(lengths)) >= 4 and max(lengths) == 12
 
-    rows: list[int] = []
-    hook = model.register_forward_pre_hook(lambda _, *call: rows.append(rows_of(*call)), with_kwargs=True)
-    together = engine.answer(prompts)
+    sizes: list[int] = []
+    hook = computed(model, sizes)
+    together = Engine(model, tokenizer, stops=stops, max_new_tokens=12).answer(prompts)
     hook.remove()
     assert together == alone
-    assert rows[0] == 5 and rows[-1] <= 2 and sorted(rows, reverse=True) == rows
+    assert sizes[1] == sum(length > 1 for length in lengths) and sizes[-1] <= 2 and sorted(sizes, reverse=True) == sizes
 
 
-def test_memory_that_runs_out_halves_the_batch(loaded: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
+def test_memory_that_runs_out_costs_no_answer(loaded: tuple[QWenLMHeadModel, QWenTokenizer]) -> None:
     model, tokenizer = loaded
-    sizes: list[int] = []
 
     def limit(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        rows = rows_of(args, kwargs)
-        sizes.append(rows)
-        if rows > 2:
+        if args[0].numel() > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     prompts = [tokenizer.encode_text(text) for text in ("One two", "A B C", "Red, green,", "Up and", "In")]
+    expected = Engine(model, tokenizer, (" A", " B")).answer(prompts)
     engine = Engine(model, tokenizer, (" A", " B"))
-    expected = engine.answer(prompts)
     hook = model.register_forward_pre_hook(limit, with_kwargs=True)
     try:
         found = engine.answer(prompts)
@@ -175,7 +142,7 @@ def test_memory_that_runs_out_halves_the_batch(loaded: tuple[QWenLMHeadModel, QW
         hook.remove()
     for record, wanted in zip(found, expected, strict=True):
         assert record["logprobs"] == pytest.approx(wanted["logprobs"], abs=1e-3)
-    assert sizes == [5, 3, 2, 2, 1] and engine.most_rows == 2
+    assert engine.engine.pool.taken == 0
 
 
 # ---- runs ----

@@ -11,13 +11,13 @@ import openai
 import pytest
 import torch
 
-from api.engine import Engine, Limits
 from api.server import Server, Settings
 from cli.commands import handle_line
 from cli.display import make_display
 from cli.session import ChatSession
 from cli.texts import Texts
 from live_server import run_server
+from qwen.engine import Engine, Limits
 from utils import load_model_and_tokenizer
 from web.replies import Replier
 

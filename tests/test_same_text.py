@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from api.engine import Engine, Limits, Request, Update
 from qwen.chatml import DEFAULT_SYSTEM, build_prompt
+from qwen.engine import Engine, Limits, Request, Update
 from qwen.hardware import VARIABLE
 from qwen.sampling import Sampling
 from utils import load_model_and_tokenizer

@@ -17,8 +17,8 @@ from transformers import (
 
 import golden
 import live_server
-from api.engine import Engine, Request, Update
 from qwen import QwenError, QWenTokenizer
+from qwen.engine import Engine, Request, Update
 from qwen.sampling import Choice, Rows, Sampler, Sampling, describe, draw, likeliest, pick_by_number
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from markdown_it import MarkdownIt
 
 import live_server
 import web_demo
-from api.engine import Engine, Limits
 from cli.transcript import Transcript, load_transcript
 from qwen import QwenError, QWenTokenizer
+from qwen.engine import Engine, Limits
 from web.conversation import Exchange, from_saved, to_json, to_messages, to_saved
 from web.markdown import show_html
 from web.replies import Progress, Replier, Settings
@@ -137,7 +137,6 @@ def test_places_in_the_queue_and_a_stop_that_frees_the_model(replier: Replier) -
         (["--auth", "me:"], "--auth takes USER:PASSWORD"),
         (["--max-users", "0"], "--max-users 0 is too low"),
         (["--tp", "2"], "--tp works in chats"),
-        (["--compile"], "--compile is for one reply at a time"),
         (["--server-name", "192.0.2.1", "--server-port", "0"], "can't listen on 192.0.2.1:0"),
     ],
 )

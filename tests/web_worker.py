@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import web.replies
 import web_demo
-from api.engine import Request
 from live_server import SAY, Script
+from qwen.engine import Request
 from utils import run_script
 
 

@@ -8,12 +8,12 @@ from functools import partial
 
 from transformers import GenerationConfig
 
-from api.engine import Engine, Request, Update
 from api.errors import ApiError
 from api.replies import Replies
 from qwen import QwenError
 from qwen.chat import reply_config, reply_stops
 from qwen.chatml import Turn, build_prompt
+from qwen.engine import Engine, Request, Update
 from qwen.sampling import Sampling
 
 POLL = 0.3  # seconds after which a reply that waits looks for its place again

@@ -1,13 +1,26 @@
-// Attention of one head over a row's cache, block of keys after block of keys, as in FlashAttention (Dao et al., 2022).
+// Attention of one head over a sequence's keys and values, page after page, as in FlashAttention (Dao et al., 2022).
 //
-// Blocks are counted from the row's own first token, and a query's running maximum, sum and output pass through them in
-// order. So a query's result depends on its own position alone: not on padding, nor on the queries computed beside it.
+// Pages are counted from the sequence's own first token, and a query's running maximum, sum and output pass through them
+// in order. So a query's result depends on its own position alone: not on padding, nor on the queries computed beside it.
 #pragma once
 
 #include "dense.h"
 
-constexpr int KEYS = 64;     // of a block
+constexpr int KEYS = 64;     // of a page
 constexpr int QUERIES = 32;  // that share a pass over keys and values
+
+// Where a sequence's keys and values lie in a layer; strides in elements.
+struct KeyValues {
+    void *keys, *values;
+    const int32_t* table;  // page i of the sequence is page table[i] there; null where they lie one after the other
+    int64_t page_stride, head_stride;
+
+    int64_t page(int i) const { return (table ? table[i] : i) * page_stride; }
+    // Padding, at positions below 0, lies before the first page.
+    int64_t place(int position, int D) const {
+        return position < 0 ? (int64_t)position * D : page(position / KEYS) + position % KEYS * D;
+    }
+};
 
 // Dimension i turns with dimension i + D/2.
 template <class T>
@@ -74,25 +87,26 @@ static void mix(const float (*p)[KEYS], const float* factor, const T* values, in
     for (; d < D; d += W) mix_tile<N, 1>(p, factor, values + d, size, D, out + d, out_stride);
 }
 
-// `count` queries (count, D), the first of them at place `position` of a cache whose tokens begin at `first`. A query
-// sees itself and what is before it, `window` tokens in all if that is not 0.
+// `count` queries (count, D) of head h, the first of them at `position`. A query sees itself and what is before it,
+// `window` tokens in all if that is not 0.
 template <class T>
-static void attend(const float* query, size_t query_stride, const T* keys, const T* values, int position, int count,
-                   int first, int window, int D, float* out, size_t out_stride) {
+static void attend(const float* query, size_t query_stride, const KeyValues& cache, int h, int position, int count,
+                   int window, int D, float* out, size_t out_stride) {
     alignas(64) float p[QUERIES][KEYS];
     float factor[QUERIES];
     Running running[QUERIES];
     for (int j = 0; j < count; j++) std::fill(out + j * out_stride, out + j * out_stride + D, 0.0f);
-    const int end = position + count, seen = window ? std::max(0, position + 1 - window - first) : 0;
-    for (int begin = first + seen / KEYS * KEYS; begin < end; begin += KEYS) {
+    const int end = position + count, seen = window ? std::max(0, position + 1 - window) : 0;
+    for (int begin = seen / KEYS * KEYS; begin < end; begin += KEYS) {
         const int size = std::min(KEYS, end - begin);
-        dot_all<Plain<T>>(keys + (int64_t)begin * D, D, size, query, query_stride, count, D,
+        const int64_t place = cache.page(begin / KEYS) + h * cache.head_stride;
+        dot_all<Plain<T>>((const T*)cache.keys + place, D, size, query, query_stride, count, D,
                           [&](int s, int j, const float* v, int n) { std::copy(v, v + n, p[j] + s); });
         for (int j = 0; j < count; j++) {
             const int lo = window ? std::max(0, position + j + 1 - window - begin) : 0;
             factor[j] = running[j].pass(p[j], lo, std::min(KEYS, position + j + 1 - begin));
         }
-        const T* v = values + (int64_t)begin * D;
+        const T* v = (const T*)cache.values + place;
         int j = 0;
         for (; j + 4 <= count; j += 4) mix<4>(p + j, factor + j, v, size, D, out + j * out_stride, out_stride);
         for (; j < count; j++) mix<1>(p + j, factor + j, v, size, D, out + j * out_stride, out_stride);

@@ -1,11 +1,11 @@
-// The decoder of Qwen-7B on CPUs: one call runs all layers over B rows of T new tokens each.
+// The decoder of Qwen-7B on CPUs: one call runs all layers over the new tokens of any number of sequences.
 //
 // Plain C interface (qwen/cpu.py binds it with ctypes), no headers but the standard library's and the processor's, so
 // that it compiles in seconds: one source for AVX2, AVX-512 and NEON. Activations are float32 throughout; weights are
 // float32, bfloat16, or 4-bit integers as in GPTQ files. What a token gives does not depend on the rows and tokens
 // beside it, nor on the number of threads, to the last bit.
 //
-// Shapes as in modeling_qwen.py: B rows, T new tokens, S all tokens, H heads, D size of a head, C hidden size.
+// Shapes: N new tokens of all sequences, one sequence after the other, H heads, D size of a head, C hidden size.
 
 #include "attention.h"
 #include "products.h"
@@ -16,14 +16,8 @@ struct Layer {
     int32_t window;  // tokens a query looks back on, itself included; 0 is all of them
 };
 
-struct KeyValues {  // a row's cache in a layer: (H, capacity, D) each
-    void *keys, *values;
-    int64_t capacity;
-};
-
-struct Rotary {  // cosines and sines (B or 1, T, D) for queries and keys
+struct Rotary {  // cosines and sines (N, D) for queries and keys
     const float *query_cos, *query_sin, *key_cos, *key_sin;
-    int64_t batch_stride;  // 0 where all rows share them
 };
 
 struct Decoder {
@@ -33,17 +27,27 @@ struct Decoder {
     float eps, scaling;
 };
 
+struct Sequence {
+    int32_t start, count;  // its new tokens among the step's
+    int32_t past;          // the position of the first of them; below 0 where the sequence begins with padding
+};
+
 struct Step {
-    const KeyValues* cache;  // (layers, B)
-    const int32_t* first;    // (B): where each row's tokens begin, after the padding on its left
-    const int32_t* past;     // (B): tokens that each row's cache holds, padding included
+    const KeyValues* cache;  // (layers, num_sequences)
+    const Sequence* sequences;
     Rotary rotary;
-    int32_t B, T, threads;
+    int32_t num_sequences, N, threads;
 };
 
 constexpr int MAX_HEAD_DIM = 1024;
 
+struct Queries {  // up to QUERIES neighbours of a sequence
+    int32_t sequence, token, position, count;
+};
+
 struct Buffers {
+    std::vector<int32_t> owner;  // (N): each token's sequence
+    std::vector<Queries> queries;
     Buffer<float> qkv, gate;
     Activations normed, heads, wide;
 };
@@ -55,39 +59,49 @@ static void rms_norm(const float* x, const float* weight, float eps, int size, f
     for (int i = 0; i < size; i += W) store(out + i, load(x + i) * factor * load(weight + i));
 }
 
-// Token t of row b: its keys and values go to the cache, its query stays in `qkv` (3, H, D), rotated.
+// Which queries share a pass. The last see most: they come first, so that none waits for them at the end.
+static void share_out(const Step& step, Buffers& to) {
+    to.owner.resize(step.N);
+    for (int s = 0; s < step.num_sequences; s++) {
+        const Sequence& one = step.sequences[s];
+        for (int t = 0; t < one.count; t++) to.owner[one.start + t] = s;
+        for (int t = 0; t < one.count; t += QUERIES)
+            to.queries.push_back({s, one.start + t, one.past + t, std::min(QUERIES, one.count - t)});
+    }
+    std::stable_sort(to.queries.begin(), to.queries.end(),
+                     [](const Queries& a, const Queries& b) { return a.position > b.position; });
+}
+
+// Token i: its keys and values go to the cache, its query stays in `qkv` (3, H, D), rotated.
 template <class T>
-static void append(const Decoder& m, const Step& step, const KeyValues& cache, int b, int t, float* qkv) {
+static void append(const Decoder& m, const Rotary& at, const KeyValues& cache, int position, int i, float* qkv) {
     const int D = m.head_dim, width = m.heads * D;
-    const int64_t angle = b * step.rotary.batch_stride + (int64_t)t * D;
-    const Rotary& at = step.rotary;
+    const int64_t angle = (int64_t)i * D;
     float query[MAX_HEAD_DIM];
     for (int h = 0; h < m.heads; h++) {
-        const int64_t place = (h * cache.capacity + step.past[b] + t) * D;
+        const int64_t place = cache.place(position, D) + h * cache.head_stride;
         float *q = qkv + h * D, *k = q + width, *v = k + width;
         rotate(k, at.key_cos + angle, at.key_sin + angle, D, 1.0f, (T*)cache.keys + place);
-        for (int i = 0; i < D; i++) put((T*)cache.values + place + i, v[i]);
+        for (int d = 0; d < D; d++) put((T*)cache.values + place + d, v[d]);
         rotate(q, at.query_cos + angle, at.query_sin + angle, D, m.scaling, query);
         memcpy(q, query, D * sizeof(float));
     }
 }
 
-// Called by all threads: the new tokens are in the cache, and `to.heads` gets what each head sees.
+// Called by all threads: the new tokens get into the cache, and `to.heads` gets what each head sees.
 template <class T>
 static void attend_all(Team& team, const Decoder& m, const Step& step, int window, const KeyValues* cache, Buffers& to) {
-    const int D = m.head_dim, width = m.heads * D, parts = (step.T + QUERIES - 1) / QUERIES;
-    team.each(step.B * step.T, 1, [&](int i, int) {
-        append<T>(m, step, cache[i / step.T], i / step.T, i % step.T, to.qkv.data() + (size_t)i * 3 * width);
+    const int D = m.head_dim, width = m.heads * D;
+    team.each(step.N, 1, [&](int i, int) {
+        const Sequence& owner = step.sequences[to.owner[i]];
+        append<T>(m, step.rotary, cache[to.owner[i]], owner.past + i - owner.start, i,
+                  to.qkv.data() + (size_t)i * 3 * width);
     });
-    team.each(step.B * m.heads * parts, 1, [&](int job, int) {
-        // The last queries see most: first, so that none waits for them at the end.
-        const int part = parts - 1 - job / (step.B * m.heads), h = job % m.heads, b = job / m.heads % step.B;
-        const int t = part * QUERIES, count = std::min(QUERIES, step.T - t);
-        const size_t token = (size_t)b * step.T + t;
-        const int64_t head = h * cache[b].capacity * D;
-        attend(to.qkv.data() + token * 3 * width + h * D, 3 * width, (const T*)cache[b].keys + head,
-               (const T*)cache[b].values + head, step.past[b] + t, count, step.first[b], window, D,
-               to.heads.values.data() + token * width + h * D, width);
+    team.each((int)to.queries.size() * m.heads, 1, [&](int job, int) {
+        const Queries& of = to.queries[job / m.heads];
+        const int h = job % m.heads;
+        attend<T>(to.qkv.data() + (size_t)of.token * 3 * width + h * D, 3 * width, cache[of.sequence], h, of.position,
+                  of.count, window, D, to.heads.values.data() + (size_t)of.token * width + h * D, width);
     });
 }
 
@@ -128,11 +142,12 @@ static void run_mlp(Team& team, const Decoder& m, const Layer& layer, float* x, 
     multiply(team, layer.mlp_c_proj, to.wide, x, true);
 }
 
-// hidden (B, T, C) float32: embeddings in, the decoder's output after ln_f out. The cache gets T tokens more.
+// hidden (N, C) float32: embeddings in, the decoder's output after ln_f out. The caches get the new tokens.
 extern "C" void qwen_decode(const Decoder* m, const Step* step, float* x) {
-    const int rows = step->B * step->T, C = m->hidden, width = m->heads * m->head_dim;
+    const int rows = step->N, C = m->hidden, width = m->heads * m->head_dim;
     const int32_t kind = m->num_layers > 0 ? m->layers[0].w1.kind : FLOAT32;
     Buffers buffers;
+    share_out(*step, buffers);
     buffers.qkv.resize((size_t)rows * 3 * width);
     buffers.gate.resize((size_t)rows * m->mlp_width);
     buffers.normed.resize(rows, C, kind);
@@ -144,7 +159,7 @@ extern "C" void qwen_decode(const Decoder* m, const Step* step, float* x) {
         [[maybe_unused]] const Tiles tiles = tiles_for(kind);
         team.assemble();
         for (int i = 0; i < m->num_layers; i++) {
-            run_attention(team, *m, *step, m->layers[i], step->cache + (size_t)i * step->B, x, buffers);
+            run_attention(team, *m, *step, m->layers[i], step->cache + (size_t)i * step->num_sequences, x, buffers);
             run_mlp(team, *m, m->layers[i], x, buffers);
         }
         team.each(rows, 1, [&](int t, int) { rms_norm(x + (size_t)t * C, m->ln_f, m->eps, C, x + (size_t)t * C); });
