@@ -60,6 +60,7 @@ class Request:
     constraint: Constraint | None = None
     strip: bool = True  # leave out blanks at either end of the reply
     prompt_logprobs: int | None = None  # wanted for the prompt's tokens too: for how many of the likeliest
+    include_stop: bool = False  # the reply ends after its stop, not before it
 
     @property
     def size(self) -> int:
@@ -78,6 +79,7 @@ class Update:
     error: Exception | None = None
     cached_tokens: int = 0
     completion_tokens: int = 0
+    stop: str | Sequence[int] | None = None  # what ended the reply: a stop word, or ids
 
 
 class Job:
@@ -230,7 +232,10 @@ class Engine:
             conversation.cache = self.prefixes.take(request.prompt, conversation.alpha, others)
         job.slot = self.free_slots.pop()
         self.sampler.begin(job.slot, request.sampling, request.prompt)
-        job.decoder = ReplyDecoder(self.tokenizer, request.stop_ids, request.stop_words, request.strip)
+        job.decoder = ReplyDecoder(
+            self.tokenizer, request.stop_ids, request.stop_words, request.strip, request.sampling.min_tokens,
+            request.include_stop,
+        )  # fmt: skip
         job.conversation = conversation
         job.cached_tokens = len(conversation)
         self.metrics.prompt_tokens.inc(len(request.prompt))
@@ -313,7 +318,13 @@ class Engine:
         self.metrics.completion_tokens.inc()
         reason = job.decoder.finish_reason
         prompt_choices, job.prompt_choices = job.prompt_choices, []
-        self._tell(job, Update(text, [choice], prompt_choices, reason, None, job.cached_tokens, job.decoder.tokens))
+        self._tell(
+            job,
+            Update(
+                text, [choice], prompt_choices, reason, None, job.cached_tokens, job.decoder.tokens,
+                job.decoder.stopped_by,
+            ),
+        )  # fmt: skip
         if reason:
             self._leave(job)
 
