@@ -19,7 +19,8 @@ from types import FrameType
 import uvicorn
 
 from api.app import create_app
-from api.launch import cache_tokens, check_model_arguments, listen
+from api.connection import Connection
+from api.launch import cache_tokens, check_certificate, check_model_arguments, listen, listen_on_file
 from api.server import Server, Settings
 from qwen import QwenError
 from qwen.engine import Engine, Limits
@@ -42,10 +43,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--alias", action="append", default=[], metavar="NAME", help="another name for it; repeatable")
     group.add_argument("--api-key", metavar="KEY", help=f"asked of clients; better kept in a file or in {KEY_VARIABLE}")
-    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line")
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line; # begins a comment")
     group.add_argument("--api-auth", metavar="USER:PASSWORD", help="HTTP basic authentication instead of a key")
     group.add_argument("--cors-origin", action="append", default=[], metavar="URL",
                        help="let pages of this origin call the server from browsers; repeatable")  # fmt: skip
+    group.add_argument("--root-path", default="", metavar="PATH", help="what a proxy in front puts before the paths")
+    group.add_argument("--uds", type=Path, metavar="FILE", help="listen on a Unix socket instead of a port")
+    group.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="serve HTTPS with this private key (PEM)")
+    group.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="and this certificate (PEM)")
+    group.add_argument("--lenient", action="store_true",
+                       help="pass over parameters that nobody here knows, and name them in the log")  # fmt: skip
+    group.add_argument("--log-json", action="store_true", help="log each request as a line of JSON")
     group.add_argument("--log-prompts", action="store_true", help="write what clients send to the log")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-batch", type=int, default=16, metavar="N", help="replies at once (default: %(default)s)")
@@ -74,7 +82,8 @@ def read_credentials(args: argparse.Namespace) -> list[str]:
     keys = [key for key in (args.api_key, os.environ.get(KEY_VARIABLE)) if key]
     if args.api_key_file is not None:
         try:
-            keys += args.api_key_file.read_text(encoding="utf-8").split()
+            lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
+            keys += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         except (OSError, UnicodeDecodeError) as error:
             raise QwenError(f"--api-key-file {args.api_key_file} can't be read: {error}") from error
         if not keys:
@@ -92,6 +101,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         if getattr(args, name) < (name != "max_queue"):
             raise QwenError(f"--{name.replace('_', '-')} {getattr(args, name)} is too low")
     check_model_arguments(args)
+    check_certificate(args.ssl_keyfile, args.ssl_certfile)
     return Settings(
         model_name=args.model_name or Path(args.checkpoint_path).name,
         aliases=args.alias,
@@ -102,6 +112,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
         max_n=args.max_n,
         max_new_tokens=args.max_new_tokens,
         log_prompts=args.log_prompts,
+        log_json=args.log_json,
+        lenient=args.lenient,
+        root_path=args.root_path.rstrip("/"),
     )
 
 
@@ -144,25 +157,37 @@ def load(
     )
 
 
+def log_lines_alone(name: str) -> None:
+    """Let a logger write its messages as they are."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = make_settings(args)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    listener = listen(args.server_name, args.server_port)
-    host, port = listener.getsockname()[:2]
+    listener = listen_on_file(args.uds) if args.uds else listen(args.server_name, args.server_port)
     server = Server(settings)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    config = uvicorn.Config(create_app(server), log_config=None, timeout_graceful_shutdown=int(args.grace) + 5)
+    if args.log_json:
+        log_lines_alone("qwen.access")
+    config = uvicorn.Config(
+        create_app(server), http=Connection, ws="none", log_config=None, access_log=False,
+        timeout_graceful_shutdown=int(args.grace) + 5, ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile,
+    )  # fmt: skip
     uvicorn_server = GracefulServer(config, server, args.grace)
     failures: list[BaseException] = []
     threading.Thread(
         target=load, args=(args, server, uvicorn_server, failures), daemon=True, name="qwen-loader"
     ).start()
-    print(
-        f"serving {settings.model_name} at http://{host}:{port}/v1 (the model is loading)", file=sys.stderr, flush=True
-    )
-    if host not in ("127.0.0.1", "::1") and not settings.credentials:
+    scheme = "https" if args.ssl_certfile else "http"
+    host, port = ("", 0) if args.uds else listener.getsockname()[:2]
+    address = f"{scheme}+unix://{args.uds}" if args.uds else f"{scheme}://{host}:{port}"
+    print(f"serving {settings.model_name} at {address}/v1 (the model is loading)", file=sys.stderr, flush=True)
+    if host not in ("127.0.0.1", "::1", "") and not settings.credentials:
         print("warning: whoever reaches this address is served; set --api-key", file=sys.stderr)
     uvicorn_server.run(sockets=[listener])
     if failures:

@@ -1,33 +1,30 @@
-"""Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}, whatever goes wrong."""
+"""Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}, whatever goes wrong.
+
+Under /v1/messages they have Anthropic's form, under /api Ollama's.
+"""
 
 import itertools
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 
 from qwen.errors import QwenError, first_line
 
+from .tolerance import refusal
+
+ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
-# Documented, but not what this server can do; as long as they ask for nothing, they are accepted.
-UNSUPPORTED = {
-    "audio": (None, "the model neither hears nor speaks"),
-    "metadata": (None, "nothing is stored"),
-    "modalities": (["text"], "the model reads and writes text alone"),
-    "moderation": (None, "there is no moderation model"),
-    "prediction": (None, "predicted outputs are not made use of"),
-    "prompt_cache_retention": (None, "the prefix cache keeps what fits into its memory"),
-    "reasoning_effort": ("none", "the model has no such settings"),
-    "service_tier": ("auto", "there is one tier"),
-    "store": (False, "nothing is stored"),
-    "suffix": (None, "the model was not trained to fill in the middle"),
-    "verbosity": (None, "the model has no such setting"),
-    "web_search_options": (None, "the server searches nothing"),
-}
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)  # of the request that is being answered
 
 
 class ApiError(Exception):
@@ -50,25 +47,27 @@ class ApiError(Exception):
         # What was quoted from a request may not be encodable: lone surrogates.
         message = str(self).encode("utf-8", "replace").decode()
         param = self.param and self.param.encode("utf-8", "replace").decode()
-        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+        body = {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+        return {**body, "request_id": request_id.get()} if request_id.get() else body
 
-    def response(self) -> JSONResponse:
+    def response(self, path: str = "") -> JSONResponse:
+        """The answer, in the form of the protocol that the path belongs to."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body_for(path), self.status, headers)
 
-
-def drop_neutral(request: Any) -> Any:
-    """A request without the parameters that this server lacks, where they ask for nothing anyway."""
-    if not isinstance(request, dict):
-        return request
-    neutral = {name: value for name, (value, _) in UNSUPPORTED.items()}
-    return {
-        name: value
-        for name, value in request.items()
-        if name not in neutral or not (value is None or value == neutral[name])
-    }
+    def body_for(self, path: str) -> dict[str, Any]:
+        """The body, in the form of the protocol that the path belongs to."""
+        error = self.body["error"]
+        if path.startswith("/v1/messages"):
+            kind = ANTHROPIC_TYPES.get(self.status) or ("api_error" if self.status >= 500 else "invalid_request_error")
+            return {
+                "type": "error",
+                "error": {"type": kind, "message": error["message"]},
+                "request_id": request_id.get(),
+            }
+        return {"error": error["message"]} if path.startswith("/api/") else self.body
 
 
 def is_name(part: str | int) -> bool:
@@ -89,6 +88,15 @@ def locate(location: Sequence[str | int]) -> str:
     return name
 
 
+def unknown_error(location: Sequence[str | int]) -> ApiError:
+    """A field that nobody here knows, or that is known and not supported."""
+    name, parent = str(location[-1]), locate(location[:-1])
+    if not parent and (reason := refusal(name)):
+        return ApiError(400, f"{name} is not supported: {reason}", name, "unsupported_parameter")
+    param = f"{parent}.{name}" if parent else name
+    return ApiError(400, f"unrecognized request argument: {param}", param, "unknown_parameter")
+
+
 def validation_error(errors: Sequence[dict[str, Any]]) -> ApiError:
     """The first thing that is wrong with a request, as a sentence that names the parameter."""
     # Of the ways in which a value could have been meant, the one that led furthest is the likeliest.
@@ -98,12 +106,7 @@ def validation_error(errors: Sequence[dict[str, Any]]) -> ApiError:
     if error["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {error['ctx']['error']}")
     if error["type"] == "extra_forbidden":
-        name = str(error["loc"][-1])
-        if name in UNSUPPORTED and len(error["loc"]) <= 2:
-            return ApiError(400, f"{name} is not supported: {UNSUPPORTED[name][1]}", name, "unsupported_parameter")
-        parent = locate(error["loc"][:-1])
-        param = f"{parent}.{name}" if parent else name
-        return ApiError(400, f"unrecognized request argument: {param}", param, "unknown_parameter")
+        return unknown_error(error["loc"])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":  # of several parameters: the message begins with one of them
         return ApiError(400, f"{param}: {message}" if param else message, param or message.split()[0], "invalid_value")
@@ -113,33 +116,47 @@ def validation_error(errors: Sequence[dict[str, Any]]) -> ApiError:
     return ApiError(400, f"{param}: {message}", param, code)
 
 
+def body_error(cause: BaseException | None) -> str | None:
+    """Why a body could not be read as JSON at all, of what the reader raised."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not UTF-8: byte 0x{cause.object[cause.start]:02x} at {cause.start}"
+    if isinstance(cause, RecursionError):
+        return "the body's JSON is nested too deep"
+    if isinstance(cause, ValueError) and "digits" in str(cause):
+        return "the body has a number of more digits than are read"
+    return None
+
+
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error of the app in OpenAI's form."""
+    """Every error of the app in the form of its path's protocol."""
+
+    def tell(request: Request, error: ApiError) -> JSONResponse:
+        return error.response(get_route_path(request.scope))
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+        return tell(request, error)
 
     @app.exception_handler(QwenError)
     async def on_qwen_error(request: Request, error: QwenError) -> JSONResponse:
-        return ApiError(400, str(error)).response()
+        return tell(request, ApiError(400, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return validation_error(error.errors()).response()
+        return tell(request, validation_error(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        code = None
-        message = str(error.detail)
+        code, path = None, get_route_path(request.scope)
+        message = body_error(error.__cause__) or str(error.detail)
         if error.status_code == 404:
-            message, code = f"there is no {request.method} {request.url.path} here; see /docs", "unknown_url"
+            message, code = f"there is no {request.method} {path} here; see /docs", "unknown_url"
         elif error.status_code == 405:
-            message = f"{request.url.path} takes no {request.method}; see /docs"
-        response = ApiError(error.status_code, message, code=code).response()
+            message = f"{path} takes no {request.method}; see /docs"
+        response = tell(request, ApiError(error.status_code, message, code=code))
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def on_error(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, f"the server failed: {type(error).__name__}: {first_line(error)}").response()
+        return tell(request, ApiError(500, f"the server failed: {type(error).__name__}: {first_line(error)}"))

@@ -2,6 +2,8 @@
 
 import argparse
 import socket
+import ssl
+from pathlib import Path
 
 import psutil
 import torch
@@ -35,6 +37,36 @@ def cache_tokens(model: QWenLMHeadModel, gib: float | None = None) -> int:
             "free some, or set --kv-cache-gib higher"
         )
     return tokens
+
+
+def check_certificate(key: Path | None, certificate: Path | None) -> None:
+    """QwenError unless both files are given and belong together, or neither is given."""
+    if (key is None) != (certificate is None):
+        raise QwenError("--ssl-keyfile and --ssl-certfile go together: give both")
+    if key is not None and certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+        except (OSError, ssl.SSLError) as error:
+            raise QwenError(f"--ssl-keyfile {key} and --ssl-certfile {certificate} can't be used: {error}") from None
+
+
+def listen_on_file(path: Path) -> socket.socket:
+    """A bound Unix socket, in place of one that nobody serves any more."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    raise QwenError(f"--uds {path} is served already: choose another")
+            path.unlink()
+        listener.bind(str(path))
+        listener.listen()
+        return listener
+    except (OSError, QwenError) as error:
+        listener.close()
+        if isinstance(error, QwenError):
+            raise
+        raise QwenError(f"can't listen on --uds {path} ({error}): choose another") from None
 
 
 def listen(host: str, port: int) -> socket.socket:

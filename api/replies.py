@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -78,8 +79,22 @@ class Reader(Protocol):
     def read(self, update: Update) -> list[dict[str, Any]]: ...
 
 
+@dataclass(frozen=True)
+class UsageWanted:
+    """Where a stream tells its usage: at the end, or in every chunk."""
+
+    at_end: bool = False
+    always: bool = False
+
+    def field(self, replies: Replies, prompts: int = 1) -> dict[str, Any]:
+        """The field of a chunk before the last."""
+        if self.always:
+            return {"usage": replies.usage(prompts)}
+        return {"usage": None} if self.at_end else {}
+
+
 async def stream_choices(
-    head: dict[str, Any], readers: Sequence[Reader], replies: Replies, include_usage: bool, prompts: int = 1
+    head: dict[str, Any], readers: Sequence[Reader], replies: Replies, usage: UsageWanted, prompts: int = 1
 ) -> AsyncIterator[dict[str, Any] | None]:
     """A stream's chunks, each with one choice; at last the usage. None where a comment shall keep it alive."""
     async for step in replies:
@@ -88,8 +103,8 @@ async def stream_choices(
             continue
         number, update = step
         for choice in readers[number].read(update):
-            yield {**head, "choices": [choice]}
-    if include_usage:
+            yield {**head, "choices": [choice], **usage.field(replies, prompts)}
+    if usage.at_end:
         yield {**head, "choices": [], "usage": replies.usage(prompts)}
 
 

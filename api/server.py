@@ -3,20 +3,20 @@
 import hashlib
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
 
-from qwen.engine import Engine
+from qwen.engine import Engine, Request
 from qwen.sampling import Sampling
 
 from .errors import ApiError
-from .grammar import Grammars
+from .grammar import Constraint, Grammars
 from .metrics import Metrics
-from .protocol import SamplingRequest
+from .parameters import SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Settings:
     max_new_tokens: int = 1024  # of a reply whose request does not say
     keep_alive: float = 15.0  # seconds between comments in a stream that has nothing to say
     log_prompts: bool = False
+    lenient: bool = False  # unknown parameters are passed over
+    log_json: bool = False  # a line of JSON for each request
+    root_path: str = ""  # what a proxy puts before the paths
 
 
 @dataclass
@@ -79,48 +82,100 @@ class Server:
             "system_fingerprint": self.fingerprint,
         }
 
-    def fit(self, prompt: Sequence[int], max_tokens: int | None, param: str) -> int:
+    def fit(self, prompt: Sequence[int], max_tokens: int | None, param: str, limit_param: str = "max_tokens") -> int:
         """How many tokens a reply may have.
 
         Raises:
             ApiError: prompt and reply do not fit into the context; it has the numbers.
         """
-        context = self.ready.context
+        context, code = self.ready.context, "context_length_exceeded"
         if not prompt:
             raise ApiError(400, f"{param} is empty", param, "invalid_value")
+        if max_tokens is not None and max_tokens >= context:
+            message = f"{limit_param} is {max_tokens:,}, more than the context of {context:,} tokens holds"
+            raise ApiError(400, message, limit_param, code)
         if len(prompt) + (1 if max_tokens is None else max_tokens) > context:
             wanted = "" if max_tokens is None else f", and {max_tokens:,} more were asked for"
             message = f"the prompt is too long for the context of {context:,} tokens: it has {len(prompt):,}{wanted}"
-            raise ApiError(400, message, param, "context_length_exceeded")
+            raise ApiError(400, message, param, code)
         return min(self.settings.max_new_tokens, context - len(prompt)) if max_tokens is None else max_tokens
 
-    def sampling(self, body: SamplingRequest, top_logprobs: int | None, number: int) -> Sampling:
-        """The settings of choice `number`: what the request says, else what the checkpoint does."""
-        config = self.ready.model.generation_config
-        if body.n is not None and body.n > self.settings.max_n:
-            raise ApiError(400, f"n: at most {self.settings.max_n} here", "n", "invalid_value")
+    def request(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        body: SamplingRequest,
+        *,
+        number: int,
+        stops: Sequence[str],
+        strip: bool,
+        top_logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> Request:
+        """Choice `number` of a request, for the engine.
+
+        Raises:
+            ApiError: a setting is out of this server's or this model's range.
+        """
+        named = body.stop_token_ids or []
+        self.check_tokens(named, "stop_token_ids")
+        ends = list(named) if body.ignore_eos else [*self.stop_ids, *named]
+        return Request(
+            prompt,
+            max_tokens,
+            self.sampling(body, top_logprobs, number, ends, max_tokens),
+            stops,
+            ends,
+            constraint,
+            strip and not body.include_stop_str_in_output,
+            prompt_logprobs,
+            bool(body.include_stop_str_in_output),
+        )
+
+    def check_tokens(self, tokens: Iterable[int], param: str) -> None:
+        """ApiError unless all are tokens of the model."""
         vocab_size = self.ready.model.config.vocab_size
+        if too_high := [token for token in tokens if token >= vocab_size]:
+            message = f"{param}: there is no token {too_high[0]}, only 0 to {vocab_size - 1}"
+            raise ApiError(400, message, param, "invalid_value")
+
+    def sampling(
+        self, body: SamplingRequest, top_logprobs: int | None, number: int, ends: Sequence[int], max_tokens: int
+    ) -> Sampling:
+        """The settings of choice `number`: what the request says, else what the checkpoint does."""
+        if body.n is not None and body.n > self.settings.max_n:
+            raise ApiError(400, f"n is {body.n}, and at most {self.settings.max_n} here", "n", "invalid_value")
+        if body.min_tokens and body.min_tokens > max_tokens:
+            message = f"min_tokens is {body.min_tokens:,}, more than the {max_tokens:,} tokens of the longest reply"
+            raise ApiError(400, message, "min_tokens", "invalid_value")
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        if too_high := [token for token in bias if token >= vocab_size]:
-            message = f"logit_bias: there is no token {too_high[0]}, only 0 to {vocab_size - 1}"
-            raise ApiError(400, message, "logit_bias", "invalid_value")
-
-        def first(*values: float | None) -> Any:
-            return next(value for value in values if value is not None)
-
-        own = Sampling.from_config(config)
-        return Sampling(
-            temperature=first(body.temperature, own.temperature),
-            top_k=first(body.top_k, own.top_k),
-            top_p=first(body.top_p, own.top_p),
-            min_p=own.min_p,
-            repetition_penalty=first(body.repetition_penalty, own.repetition_penalty),
-            presence_penalty=first(body.presence_penalty, 0.0),
-            frequency_penalty=first(body.frequency_penalty, 0.0),
+        self.check_tokens(bias, "logit_bias")
+        own = Sampling.from_config(self.ready.model.generation_config)
+        given = {
+            name: getattr(body, name)
+            for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                         "frequency_penalty", "min_tokens")
+            if getattr(body, name) is not None
+        }  # fmt: skip
+        return replace(
+            own,
+            **given,
+            top_k=own.top_k if body.top_k is None else max(body.top_k, 0),
             logit_bias=bias,
             seed=None if body.seed is None else body.seed + number,
             top_logprobs=top_logprobs,
+            ends=ends if body.min_tokens else (),
+            bad_words=self.encode_words(body.bad_words or []),
         )
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Each word as tokens, at the beginning of a text and after a blank."""
+        if "" in words:
+            raise ApiError(400, "bad_words: a word is empty", "bad_words", "invalid_value")
+        encode = self.ready.tokenizer.encode_text
+        forms = [encode(form) for word in words for form in (word, f" {word.lstrip()}")]
+        return [ids for ids in forms if ids]
 
     @property
     def stop_ids(self) -> list[int]:

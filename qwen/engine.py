@@ -62,6 +62,7 @@ class Decoder(Protocol):
 
     tokens: int
     finish_reason: Any
+    stopped_by: Any
 
     def push(self, token: int) -> str: ...
 
@@ -79,8 +80,9 @@ class Request:
     stop_ids: Sequence[int] = ()
     constraint: Constraint | None = None
     strip: bool = True  # leave out blanks at either end of the reply
-    decoder: Decoder | None = None  # reads the reply instead of one made of the three above
     prompt_logprobs: int | None = None  # wanted for the prompt's tokens too: for how many of the likeliest
+    include_stop: bool = False  # the reply ends after its stop, not before it
+    decoder: Decoder | None = None  # reads the reply instead of one made of stops and `strip`
     scored: Sequence[int] = ()  # wanted are the log-probabilities of these tokens behind the prompt, and no reply
     random: torch.Generator | None = None  # draws from it instead of the settings' seed
 
@@ -101,6 +103,7 @@ class Update:
     error: Exception | None = None
     cached_tokens: int = 0
     completion_tokens: int = 0
+    stop: str | Sequence[int] | None = None  # what ended the reply: a stop word, or ids
     scores: Sequence[float] = ()  # of the tokens in `scored`
 
 
@@ -391,8 +394,9 @@ class Engine:
         job.sequence = self.pool.begin(request.prompt, job.alpha, share=request.prompt_logprobs is None)
         job.cached_tokens = job.sequence.length
         job.decoder = request.decoder or ReplyDecoder(
-            self.tokenizer, request.stop_ids, request.stop_words, request.strip
-        )
+            self.tokenizer, request.stop_ids, request.stop_words, request.strip, request.sampling.min_tokens,
+            request.include_stop,
+        )  # fmt: skip
         job.slot = self.free_slots.pop()
         self.sampler.begin(job.slot, request.sampling, request.prompt, request.random)
         self.observer.began(len(request.prompt), job.cached_tokens)
@@ -512,7 +516,11 @@ class Engine:
         job.last_token = now
         reason = job.decoder.finish_reason
         prompt_choices, job.prompt_choices = job.prompt_choices, []
-        self._tell(job, Update(text, [choice], prompt_choices, reason, None, job.cached_tokens, job.decoder.tokens))
+        update = Update(
+            text, [choice], prompt_choices, reason, None, job.cached_tokens, job.decoder.tokens,
+            job.decoder.stopped_by,
+        )  # fmt: skip
+        self._tell(job, update)
         if reason:
             self._leave(job)
 

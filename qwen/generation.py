@@ -46,6 +46,7 @@ class TokenReader:
         self.ids: list[int] = []
         self.stops, self.reply = [list(stop) for stop in stops], reply
         self.finish_reason: str | None = None
+        self.stopped_by = None
 
     @property
     def tokens(self) -> int:

@@ -61,6 +61,11 @@ class ReplyDecoder:
         stop_words: words that end it, as text (found across token borders) or as ids. Ids of regular tokens mean
             their text; a sequence with a control token in it is compared by ids.
         strip: leave blanks at both ends of the reply out; code and other raw continuations need them.
+        min_tokens: stop words in fewer tokens don't count.
+        include_stop: the reply ends after its stop, not before it.
+
+    Attributes:
+        stopped_by: the stop that ended the reply: a word, or its ids.
     """
 
     def __init__(
@@ -69,11 +74,15 @@ class ReplyDecoder:
         stop_ids: Collection[int] = (),
         stop_words: Iterable[StopWord] = (),
         strip: bool = True,
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         self.strip = strip
+        self.min_tokens = min_tokens
+        self.include_stop = include_stop
+        self.stopped_by: str | list[int] | None = None
         self.tokens = 0
         self.text = ""
-        self.strip = strip
         self.finish_reason: FinishReason | None = None
         self._decoder = tokenizer.decoder
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -100,7 +109,9 @@ class ReplyDecoder:
         self._pending.append(token)
         for stop in self._stop_sequences:
             if self._pending[-len(stop) :] == stop:
-                del self._pending[-len(stop) :]
+                self.stopped_by = stop
+                if not self.include_stop:
+                    del self._pending[-len(stop) :]
                 return self.close("stop")
         return self._release(len(self._pending) - held_back(self._pending, self._stop_sequences))
 
@@ -119,11 +130,14 @@ class ReplyDecoder:
         ids, self._pending = self._pending[:count], self._pending[count:]
         tokens = (self._decoder.get(i) for i in ids)
         self._held += self._utf8.decode(b"".join(token for token in tokens if isinstance(token, bytes)))
+        if self.tokens < self.min_tokens:
+            return self._show(self._held)
         # The word that is complete first ends the reply: the same one however the text was cut into tokens.
-        found = [(at + len(word), at) for word in self._stop_texts if (at := self._held.find(word)) >= 0]
+        found = [(at + len(word), at, word) for word in self._stop_texts if (at := self._held.find(word)) >= 0]
         if found:
+            end, at, self.stopped_by = min(found)
             self.finish_reason = "stop_word"
-            return self._show(self._held[: min(found)[1]])
+            return self._show(self._held[: end if self.include_stop else at])
         return self._show(self._held[: len(self._held) - held_back(self._held, self._stop_texts)])
 
     def _show(self, text: str) -> str:

@@ -40,6 +40,9 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     top_logprobs: int | None = None  # None: no log-probabilities at all
+    min_tokens: int = 0  # a reply has so many before any of `ends`
+    ends: Sequence[int] = ()
+    bad_words: Sequence[Sequence[int]] = ()  # sequences of tokens that are not written
 
     @classmethod
     def from_config(cls, config: Any) -> "Sampling":
@@ -60,6 +63,13 @@ class Sampling:
     def limited(self) -> bool:
         """Whether some tokens are left out of the draw."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def forbidden(self, written: Sequence[int]) -> list[int]:
+        """The tokens that must not follow what a reply holds already."""
+        tokens = list(self.ends) if len(written) < self.min_tokens else []
+        return tokens + [
+            word[-1] for word in self.bad_words if list(word[:-1]) == written[len(written) - len(word) + 1 :]
+        ]
 
 
 def _given(value: float | None, default: float) -> float:
@@ -95,6 +105,7 @@ class Sampler:
         self.random: list[torch.Generator | None] = [None] * slots
         self.seen: Tensor | None = None  # (slots, V) bool: what prompt and reply hold, once a row has asked for it
         self.counts: Tensor | None = None  # (slots, V): how often the reply holds each token
+        self.written: list[list[int] | None] = [None] * slots  # what replies hold, of rows that forbid tokens
         self._rows: tuple[tuple[int, ...], Rows] | None = None  # of the last batch
 
     def begin(
@@ -112,6 +123,7 @@ class Sampler:
             else:
                 random.manual_seed(sampling.seed % 2**64)
         self.settings[slot], self.random[slot], self._rows = sampling, random, None
+        self.written[slot] = [] if sampling.min_tokens or sampling.bad_words else None
         shape = len(self.settings), self.vocab_size
         if sampling.repetition_penalty != 1.0:
             if self.seen is None:
@@ -145,6 +157,7 @@ class Sampler:
             scores = scores.clone()
             for row, mask in allowed.items():
                 scores[row].masked_fill_(~mask, -torch.inf)
+        scores = self._forbid(scores, slots)
         drawn = rows.drawn
         tokens = scores.argmax(-1) if len(drawn) < len(slots) else None  # of equals the first
         short = None
@@ -164,6 +177,9 @@ class Sampler:
             self._draw_again(scores, rows, again, tokens, numbers[[drawn.index(row) for row in again]])
             found = self._to_host(logits, tokens, None, rows)
         self._remember(tokens, rows)
+        for slot, row in zip(slots, found, strict=True):
+            if (written := self.written[slot]) is not None:
+                written.append(int(row[0]))
         return [_choice(row, setting) for row, setting in zip(found, rows.settings, strict=True)]
 
     def _draw_again(self, scores: Tensor, rows: "Rows", again: list[int], tokens: Tensor, numbers: Tensor) -> None:
@@ -192,6 +208,17 @@ class Sampler:
             row, token, value = rows.bias
             scores = scores.index_put((row, token), value, accumulate=True)
         return scores
+
+    def _forbid(self, scores: Tensor, slots: Sequence[int]) -> Tensor:
+        """Scores (B, V) without the tokens that rows must not write now; a row keeps them if it has no others left."""
+        held = ((row, slot, self.written[slot]) for row, slot in enumerate(slots))
+        pairs = [(row, t) for row, slot, written in held if written is not None
+                 for t in self.settings[slot].forbidden(written)]  # fmt: skip
+        if not pairs:
+            return scores
+        row, token = torch.tensor(pairs, device=self.device).unbind(-1)
+        without = scores.index_put((row, token), torch.tensor(-torch.inf, device=self.device))
+        return torch.where(without.isneginf().all(-1, keepdim=True), scores, without)
 
     def _remember(self, tokens: Tensor, rows: "Rows") -> None:
         if rows.repetition is not None:

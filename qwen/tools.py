@@ -146,8 +146,8 @@ def is_result(message: Message) -> bool:
 def render_messages(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Message]:
     """Messages of OpenAI's roles as turns of ChatML, their calls and results in ReAct's form.
 
-    The instruction stands before the last question. Where the last message is a tool's result, the assistant's turn
-    is to be continued (`continue_final_message`), and ends in `Thought:`.
+    The instruction stands before the last question, or where one would stand. Where the last message is a tool's
+    result, the assistant's turn is to be continued (`continue_final_message`), and ends in `Thought:`.
 
     Raises:
         QwenError: a result that no call asked for; the message says which.
@@ -183,10 +183,12 @@ def render_messages(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> 
     if continued:
         turns[-1]["content"] += "\nThought:"
     if tools:
-        questions = [turn for turn in turns if turn["role"] == "user"]
-        if not questions:
-            raise QwenError("tools need a question: add a message of the role user")
-        questions[-1]["content"] = f"{render_instruction(tools)}\n\nQuestion: {questions[-1]['content']}"
+        turn = next((turn for turn in reversed(turns) if turn["role"] == "user"), None)
+        if turn is not None:
+            turn["content"] = f"{render_instruction(tools)}\n\nQuestion: {turn['content']}"
+        else:  # whoever is driven by instructions alone
+            place = next((i for i, turn in enumerate(turns, 1) if turn["role"] == "system"), 0)
+            turns.insert(place, {"role": "user", "content": render_instruction(tools)})
     return turns
 
 

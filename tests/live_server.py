@@ -5,6 +5,7 @@ for word go through the engine like any other.
 """
 
 import contextlib
+import copy
 import socket
 import threading
 import time
@@ -15,8 +16,9 @@ import torch
 import uvicorn
 from transformers import GenerationConfig
 
-from api import chat
+from api import plan
 from api.app import create_app
+from api.connection import Connection
 from api.grammar import Constraint
 from api.server import Server, Settings
 from qwen import QWenConfig, QWenLMHeadModel, QWenTokenizer
@@ -46,6 +48,10 @@ class Script(Constraint):
 
     def __init__(self, tokenizer: QWenTokenizer, text: str) -> None:
         self.tokens = [*tokenizer.encode_text(text), tokenizer.im_end_id]
+        self.left_out = ()
+
+    def copy(self) -> "Script":
+        return copy.deepcopy(self)
 
     def allowed(self, device: torch.device, vocab_size: int) -> torch.Tensor:
         return torch.arange(vocab_size, device=device) == self.tokens[0]
@@ -70,9 +76,11 @@ def scripted(make_constraint: Any) -> Any:
 @contextlib.contextmanager
 def run_server(server: Server) -> Iterator[str]:
     """A server on a free port; gives its address."""
-    original, chat.make_constraint = chat.make_constraint, scripted(chat.make_constraint)
+    original, plan.make_constraint = plan.make_constraint, scripted(plan.make_constraint)
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(server), log_level="warning", timeout_graceful_shutdown=5, lifespan="off")
+    config = uvicorn.Config(
+        create_app(server), http=Connection, ws="none", log_level="warning", timeout_graceful_shutdown=5, lifespan="off"
+    )
     live = uvicorn.Server(config)
     thread = threading.Thread(target=live.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -84,7 +92,7 @@ def run_server(server: Server) -> Iterator[str]:
         live.should_exit = True
         thread.join(20)
         listener.close()
-        chat.make_constraint = original
+        plan.make_constraint = original
         if server.engine is not None:
             server.engine.close()
             server.engine.join()

@@ -19,7 +19,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
 
 import live_server
-from api.chat import ChatPlan, ChoiceReader
+from api.chat import ChoiceReader
+from api.plan import ChatPlan
 from api.server import Server, Settings
 from qwen import QWenTokenizer
 from qwen.engine import Job, Limits, Request, Update
@@ -107,7 +108,7 @@ def test_deltas_add_up_however_a_reply_is_cut(server: Server, text: str, data: s
     if split:  # every byte a token of its own
         ids = [tokenizer.mergeable_ranks[bytes([byte])] for i in ids for byte in tokenizer.decoder[i]]
     tools = [read_tool(TOOL)] if data.draw(st.booleans()) else []
-    plan = ChatPlan([Request([1], 100)], tools, "", False, None)
+    plan = ChatPlan([Request([1], 100)], tools)
 
     def read(one_piece: bool) -> tuple[dict, list[str]]:
         reader = ChoiceReader(tokenizer, plan, 0)
