@@ -23,7 +23,7 @@ from qwen.errors import QwenError
 from training.arguments import Settings, TrainingArguments, parse_settings, stage
 from training.checkpoints import check_output, check_same_run, find_resumable, identify_base
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
-from training.models import check_source, count_parameters, load_model
+from training.models import Start, count_parameters, find_start, load_model
 from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
 from training.read import Source, check_notes
 from training.report import describe_dataset, print_report
@@ -67,23 +67,24 @@ def train(settings: Settings) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, about each other
     transformers.set_seed(training.seed)
     resume = find_resumable(prepare_output(training), training.resume_from_checkpoint)
-    check_output(Path(training.output_dir), settings.model.model_name_or_path, settings.lora.use_lora)
+    output, adapter = Path(training.output_dir), settings.lora.use_lora
+    check_output(output, settings.model.model_name_or_path, adapter)
     names = [data.data_path, data.eval_data_path]
     conversations = [read_data(each, settings) for each in names if each]
     if data.val_size:
         conversations, names = hold_out(conversations[0], data.val_size, training.seed), [data.data_path] * 2
     with training.main_process_first(local=True, desc="download"):
-        directory = find_checkpoint(settings.model.model_name_or_path, settings.model.hub, settings.model.revision)
-    check_source(directory, settings.lora)
-    tokenizer = load_tokenizer(directory, settings)
+        start = find_start(settings)
+    check_output(output, str(start.base), adapter)
+    tokenizer = load_tokenizer(start, settings)
     datasets = [
         make_dataset(each, tokenizer, settings, given) for each, given in zip(conversations, names, strict=False)
     ]
-    facts = run_facts(settings, directory, datasets[0].fingerprint())
+    facts = run_facts(settings, start, datasets[0].fingerprint())
     if resume is not None:
-        check_same_run(resume, facts)
+        check_same_run(resume, facts, training.new_learning_rate)
     check_steps(len(datasets[0]), settings)
-    model = load_model(settings, directory, tokenizer)
+    model = load_model(settings, start, tokenizer)
     parameters = count_parameters(model)
     trainer = QwenTrainer(
         model=model,
@@ -93,7 +94,7 @@ def train(settings: Settings) -> int:
         processing_class=tokenizer,
         data_collator=PaddingCollator(tokenizer.eod_id) if data.padding else collate,
         facts=facts,
-        base=base_name(settings),
+        base=(start.name, start.revision),
     )
     stopper, progress = StopOnSignal(), Progress(trainer)
     for shown_otherwise in (transformers.ProgressCallback, transformers.PrinterCallback):
@@ -142,16 +143,16 @@ def hold_out(samples: list, size: float, seed: int) -> list[list]:
     return [[s for i, s in enumerate(samples) if (i in chosen) == evaluated] for evaluated in (False, True)]
 
 
-def run_facts(settings: Settings, directory: Path, data: str) -> dict[str, Any]:
+def run_facts(settings: Settings, start: Start, data: str) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must have in common with the one that wrote it."""
     lora, training = settings.lora, settings.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     facts = {
         "data": data, "stage": settings.data.stage, "loss_on": settings.data.loss_on, "seed": training.seed,
         "adapter": lora.use_lora,
-        "base model": identify_base(directory), "precision": training.precision, "optim": str(training.optim),
-        "learning_rate": training.learning_rate, "lr_scheduler_type": str(training.lr_scheduler_type),
-        "batch (samples a step)": batch,
+        "base model": identify_base(start.base, start.adapter), "precision": training.precision,
+        "optim": str(training.optim), "learning_rate": training.learning_rate,
+        "lr_scheduler_type": str(training.lr_scheduler_type), "batch (samples a step)": batch,
     }  # fmt: skip
     return facts | (vars(lora) if lora.use_lora else {})
 
@@ -166,14 +167,14 @@ def prepare_output(training: TrainingArguments) -> Path:
     return output
 
 
-def load_tokenizer(directory: Path, settings: Settings) -> QWenTokenizer:
+def load_tokenizer(start: Start, settings: Settings) -> QWenTokenizer:
     """The checkpoint's tokenizer; a warning where samples may be longer than the model was trained for."""
-    config = load_config(directory)
+    config = load_config(start.base)
     longest = settings.data.model_max_length
     if longest > config.seq_length:
         print(f"--model_max_length {longest} is more than this model's training length {config.seq_length}: longer "
               "samples teach it positions it has never seen.", file=sys.stderr)  # fmt: skip
-    return QWenTokenizer.from_pretrained(directory)
+    return QWenTokenizer.from_pretrained(start.tokenizer)
 
 
 def make_dataset(
@@ -250,12 +251,6 @@ def finish(
         print(f"\nSaved in {output}, the log in {output / LOG}{f', the curve in {output / CURVE}' if drawn else ''}.\n"
               f"python cli_demo.py -c {output}")  # fmt: skip
     return 0
-
-
-def base_name(settings: Settings) -> tuple[str, str | None]:
-    """What an adapter records: a directory in full, `demo` or a hub name as given, and the revision."""
-    name = settings.model.model_name_or_path
-    return str(Path(name).resolve()) if Path(name).is_dir() else name, settings.model.revision
 
 
 def check_data(settings: Settings) -> int:

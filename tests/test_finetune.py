@@ -501,10 +501,40 @@ def test_layers_by_name_list_and_pattern(work: dict[str, str], targets: str, ada
     logits(output)
 
 
-def test_an_adapter_is_no_base(work: dict[str, str], tmp_path: Path) -> None:
+def test_an_adapter_is_trained_on_or_merged_first(work: dict[str, str], base: Path, tmp_path: Path) -> None:
+    flags = {"max_steps": 6, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    first, log = train(work, use_lora=True, **flags)
+    second = work | {"model_name_or_path": str(first), "output_dir": str(tmp_path / "second")}
+    second.pop("lora_r")  # the adapter's own
+    output, more = train(second, use_lora=True, **flags)
+    assert more[0]["loss"] < log[-1]["loss"] and more[-1]["loss"] < more[0]["loss"]
+    settings = json.loads((output / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["r"]) == (str(base), 4)
+    assert not torch.equal(logits(output), logits(first))
+    whole, full = train(second, output_dir=tmp_path / "whole", **flags | {"learning_rate": "1e-4"})
+    assert full[0]["loss"] == pytest.approx(more[0]["loss"], rel=1e-4) and full[-1]["loss"] < full[0]["loss"]
+    assert (whole / "model.safetensors").is_file() and not (whole / "adapter_config.json").exists()
+    with pytest.raises(QwenError, match="--lora_r 8: the adapter to train on has 4; leave the flag out, or merge"):
+        train(second, use_lora=True, lora_r=8, output_dir=tmp_path / "other")
+    with pytest.raises(QwenError, match="is the model to be trained, which would be lost"):
+        train(second, use_lora=True, output_dir=first)
+    with pytest.raises(QwenError, match="is the model to be trained, which would be lost"):
+        train(second, output_dir=base)
+
+
+def test_resumed_with_another_rate_it_takes_effect(work: dict[str, str], tmp_path: Path) -> None:
+    flags = {"use_lora": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "warmup_steps": 0}
+    train(work, **flags, lr_scheduler_type="constant")
+    shutil.rmtree(Path(work["output_dir"]) / "checkpoint-4")
+    again = flags | {"resume_from_checkpoint": True, "learning_rate": "1e-3", "lr_scheduler_type": "linear"}
+    with pytest.raises(QwenError, match="another learning_rate .*; --new_learning_rate True goes on with another rate"):
+        train(work, **again)
+    _, log = train(work, **again, new_learning_rate=True)
+    assert [record["learning_rate"] for record in log] == pytest.approx([1e-2, 1e-2, 5e-4, 2.5e-4])
+
+
+def test_what_is_no_adapter_is_not_merged(work: dict[str, str], tmp_path: Path) -> None:
     output, _ = train(work, use_lora=True, max_steps=1)
-    with pytest.raises(QwenError, match="is an adapter: merge it"):
-        train(work, model_name_or_path=output, use_lora=True, output_dir=tmp_path / "second")
     with pytest.raises(QwenError, match="exists and is not empty"):
         merge_lora.main(["-c", str(output), "-o", str(tmp_path)])
     (tmp_path / "damaged").mkdir()

@@ -127,6 +127,9 @@ class TrainingArguments(transformers.TrainingArguments):
     early_stopping_patience: int | None = option(
         None, "Stop when the evaluation loss has not fallen so many times; with --load_best_model_at_end."
     )
+    new_learning_rate: bool = option(
+        False, "When resuming, go on with the given learning rate and schedule in place of the checkpoint's."
+    )
     logging_nan_inf_filter: bool = option(False, "Leave NaN out of the logged loss; training stops at NaN otherwise.")
     remove_unused_columns: bool = option(False, "Not used: the batches hold what the model reads.")
 
@@ -170,6 +173,7 @@ class Settings:
     data: DataArguments
     lora: LoraArguments
     training: TrainingArguments
+    given: set[str] = field(default_factory=set)  # names of the flags on the command line
 
 
 class ArgumentParser(HfArgumentParser):
@@ -187,7 +191,8 @@ def parse_settings(argv: list[str], description: str) -> Settings:
         known = [flag for action in parser._actions for flag in action.option_strings]
         like = difflib.get_close_matches(unknown[0], known, n=1)
         raise QwenError(f"{unknown[0]} is no flag{f': did you mean {like[0]}?' if like else '; --help shows all'}")
-    settings = Settings(*parsed)
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    settings = Settings(*parsed, given)
     settings.lora.use_lora |= settings.lora.q_lora
     settings.data.packing |= settings.data.stage == "pt" and not settings.data.padding
     if settings.training.learning_rate is None:

@@ -1,6 +1,7 @@
 """Models to train: loaded in the right precision and place, with adapters, and with settings that make them stop."""
 
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,92 @@ from qwen import QWenLMHeadModel, QWenTokenizer
 from qwen.chatml import DEFAULT_WINDOW
 from qwen.checkpoint import check_architecture
 from qwen.errors import QwenError
-from utils import DTYPES, load_model_for_training
+from qwen.tokenization_qwen import VOCAB_FILE
+from utils import DTYPES, check_adapter_base, find_checkpoint, load_model_for_training
 
 from .arguments import LoraArguments, Settings, is_pattern, is_sharded, stage
 
+SHAPE = {  # of an adapter: flags after the names that peft writes
+    "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "bias": "lora_bias",
+    "target_modules": "lora_target_modules", "modules_to_save": "modules_to_save", "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+}  # fmt: skip
 
-def load_model(settings: Settings, directory: Path, tokenizer: QWenTokenizer) -> nn.Module:
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with."""
+
+    base: Path
+    adapter: Path | None  # to train on (LoRA), or to merge first (all weights)
+    name: str  # of the base, as a new adapter records it: a directory in full, `demo` or a hub name as given
+    revision: str | None
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.adapter if self.adapter and (self.adapter / VOCAB_FILE).is_file() else self.base
+
+
+def find_start(settings: Settings) -> Start:
+    """The checkpoint of the command line, or the base model of the adapter that it names; QwenError if neither can be
+    trained in the way asked for."""
+    model, lora = settings.model, settings.lora
+    directory, name, revision = find_checkpoint(model.model_name_or_path, model.hub, model.revision), None, None
+    adapter = directory if (directory / "adapter_config.json").is_file() else None
+    if adapter:
+        from qwen.lora import check_adapter_config
+
+        config = check_adapter_config(adapter)
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not name:
+            raise QwenError(f"{adapter / 'adapter_config.json'} names no base model: set base_model_name_or_path there")
+        directory = find_checkpoint(name, model.hub, revision)
+        check_adapter_base(adapter, str(directory))
+        if lora.use_lora:
+            take_shape(settings, config)
+    else:
+        name, revision = model.model_name_or_path, model.revision
+    if is_gptq(directory) and not lora.q_lora:
+        raise QwenError(
+            f"{directory} is quantised: train an adapter on it with --q_lora True, or give the unquantised one"
+        )
+    return Start(directory, adapter, str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
+
+
+def take_shape(settings: Settings, config: dict[str, Any]) -> None:
+    """Set the flags of an adapter to those of the one that is trained on; QwenError for a flag that says otherwise."""
+    if config["peft_type"] != "LORA":
+        raise QwenError(f"an adapter of the kind {config['peft_type']} is not trained on here, only LoRA's")
+    for key, flag in SHAPE.items():
+        value = config.get(key)
+        if flag in ("lora_target_modules", "modules_to_save"):
+            value = [value] if isinstance(value, str) else sorted(value or [])
+        asked = getattr(settings.lora, flag)
+        if flag in settings.given and (sorted(asked) if isinstance(asked, list) else asked) != value:
+            raise QwenError(
+                f"--{flag} {asked}: the adapter to train on has {value}; leave the flag out, or merge the adapter "
+                "(merge_lora.py) and train another one on the result"
+            )
+        setattr(settings.lora, flag, value)
+
+
+def load_model(settings: Settings, start: Start, tokenizer: QWenTokenizer) -> nn.Module:
     """The model of `settings`, with an adapter where asked for, ready to be trained."""
     lora, training = settings.lora, settings.training
-    quantization = nf4_config(training.precision) if lora.q_lora and not is_gptq(directory) else None
+    quantization = nf4_config(training.precision) if lora.q_lora and not is_gptq(start.base) else None
     model = load_model_for_training(
-        directory,
+        start.base,
         dtype=weight_dtype(settings),
         placement=None if is_sharded(training) else {"": training.device},
         attn=settings.model.attn,
         quantization_config=quantization,
     )
+    if start.adapter:
+        model = load_trained_adapter(model, start, tokenizer, lora.use_lora)
     if settings.data.stage == "sft":
         set_stop_ids(model, tokenizer)
     keep_settings_saveable(model)
-    if lora.use_lora:
+    if lora.use_lora and not start.adapter:
         model = add_adapter(model, lora)
     if stage(training) == 0:
         for parameter in model.parameters():
@@ -52,18 +119,6 @@ def is_gptq(directory: Path) -> bool:
     return bool(check_architecture(directory).get("quantization_config"))
 
 
-def check_source(directory: Path, lora: LoraArguments) -> None:
-    """QwenError for a checkpoint that can't be trained in the way asked for."""
-    if (directory / "adapter_config.json").is_file():
-        raise QwenError(
-            f"{directory} is an adapter: merge it (merge_lora.py) and train on, or go on with --resume_from_checkpoint"
-        )
-    if is_gptq(directory) and not lora.q_lora:
-        raise QwenError(
-            f"{directory} is quantised: train an adapter on it with --q_lora True, or give the unquantised one"
-        )
-
-
 def nf4_config(precision: str) -> Any:
     """bitsandbytes' 4-bit weights (Dettmers et al., 2023)."""
     if find_spec("bitsandbytes") is None:
@@ -77,6 +132,14 @@ def nf4_config(precision: str) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
     )  # fmt: skip
+
+
+def load_trained_adapter(model: QWenLMHeadModel, start: Start, tokenizer: QWenTokenizer, on: bool) -> nn.Module:
+    """The model with the adapter of an earlier training, to be trained on, or merged into it."""
+    from qwen.lora import load_adapter
+
+    adapted, _ = load_adapter(start.adapter, model, tokenizer, start.name, trainable=on)
+    return adapted if on else adapted.merge_and_unload(safe_merge=True).train().requires_grad_(True)
 
 
 def add_adapter(model: QWenLMHeadModel, lora: LoraArguments) -> nn.Module:

@@ -34,6 +34,20 @@ class QwenTrainer(Trainer):
         # An adapter on the head adds to logits: then there must be some.
         self.skip_logits = not hasattr(model.get_output_embeddings(), "lora_A")
 
+    # ---- learning rate ----
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.args.new_learning_rate:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]  # of the command line
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        shares = [share(scheduler.last_epoch) for share in getattr(scheduler, "lr_lambdas", [])] or [1.0] * len(rates)
+        scheduler.base_lrs = rates
+        scheduler._last_lr = [rate * share for rate, share in zip(rates, shares, strict=True)]
+        for group, rate, current in zip(self.optimizer.param_groups, rates, scheduler._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = rate, current
+
     # ---- loss ----
 
     def compute_loss(
