@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -13,6 +14,7 @@ from qwen.loss import IGNORED
 from qwen.settings import saveable
 
 from .checkpoints import mark_complete, record_base, remove_old
+from .data import EvenDataset
 from .speed import Work
 
 
@@ -56,6 +58,12 @@ class QwenTrainer(Trainer):
         self.work.add(inputs)
         inputs = {**inputs, "skip_logits": self.skip_logits}
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.world_size > 1:
+            dataset = EvenDataset(dataset, self.args.eval_batch_size * self.args.world_size)
+        return super().get_eval_dataloader(dataset)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
