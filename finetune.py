@@ -15,20 +15,23 @@ from typing import Any
 
 import transformers  # its trainer, looked up where it is used, imports bitsandbytes, which must find qwen imported
 from safetensors import SafetensorError
+from torch import nn
 from transformers.utils import logging
 
 from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
 from qwen.errors import QwenError
-from training.arguments import Settings, TrainingArguments, parse_settings, stage
+from training.arguments import PREFERENCES, Settings, TrainingArguments, parse_settings, stage
 from training.checkpoints import check_output, check_same_run, find_resumable, identify_base
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
 from training.models import Start, count_parameters, find_start, load_model
+from training.preference import PreferenceDataset, encode_preferences
+from training.preference import make_trainer as make_preference_trainer
 from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
 from training.read import Source, check_notes
 from training.report import describe_dataset, print_report
 from training.samples import Notes, Text
-from training.trainer import QwenTrainer
+from training.trainer import CheckpointedTrainer, QwenTrainer
 from utils import DTYPES, find_checkpoint, load_config, run_script
 
 ROOT = Path(__file__).resolve().parent
@@ -85,17 +88,8 @@ def train(settings: Settings) -> int:
         check_same_run(resume, facts, training.new_learning_rate)
     check_steps(len(datasets[0]), settings)
     model = load_model(settings, start, tokenizer)
-    parameters = count_parameters(model)
-    trainer = QwenTrainer(
-        model=model,
-        args=training,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if len(datasets) > 1 else None,
-        processing_class=tokenizer,
-        data_collator=PaddingCollator(tokenizer.eod_id) if data.padding else collate,
-        facts=facts,
-        base=(start.name, start.revision),
-    )
+    trainer = make_trainer(model, settings, start, datasets, tokenizer, facts)
+    parameters = count_parameters(trainer.model)
     stopper, progress = StopOnSignal(), Progress(trainer)
     for shown_otherwise in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(shown_otherwise)
@@ -106,6 +100,25 @@ def train(settings: Settings) -> int:
         announce(settings, datasets, parameters, resume)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return finish(trainer, progress, stopper, settings, parameters)
+
+
+def make_trainer(
+    model: nn.Module, settings: Settings, start: Start, datasets: list, tokenizer: QWenTokenizer, facts: dict[str, Any]
+) -> CheckpointedTrainer:
+    """The trainer of the stage, for data to train on and perhaps to evaluate on."""
+    train, evaluated, *_ = [*datasets, None]
+    if settings.data.stage in PREFERENCES:
+        return make_preference_trainer(model, settings, start, train, evaluated, tokenizer, facts)
+    return QwenTrainer(
+        model=model,
+        args=settings.training,
+        train_dataset=train,
+        eval_dataset=evaluated,
+        processing_class=tokenizer,
+        data_collator=PaddingCollator(tokenizer.eod_id) if settings.data.padding else collate,
+        facts=facts,
+        base=(start.name, start.revision),
+    )
 
 
 def source(name: str, settings: Settings) -> Source:
@@ -179,10 +192,15 @@ def load_tokenizer(start: Start, settings: Settings) -> QWenTokenizer:
 
 def make_dataset(
     conversations: list, tokenizer: QWenTokenizer, settings: Settings, names: list[str]
-) -> TokenDataset | PackedDataset | LazyDataset:
+) -> TokenDataset | PackedDataset | LazyDataset | PreferenceDataset:
     """Tokenised (or soon to be) samples; QwenError if none has anything to learn from."""
     data = settings.data
     quiet = not settings.training.should_log
+    if data.stage in PREFERENCES:
+        pairs = encode_preferences(conversations, tokenizer, data.model_max_length, data.stage)
+        if not quiet:
+            print(describe_dataset(pairs), file=sys.stderr)
+        return pairs
     if data.lazy_preprocess:
         if any(isinstance(each, Text) for each in conversations):
             raise QwenError(
@@ -229,7 +247,11 @@ def announce(settings: Settings, datasets: list, parameters: tuple[int, int], re
 
 
 def finish(
-    trainer: QwenTrainer, progress: Progress, stopper: StopOnSignal, settings: Settings, parameters: tuple[int, int]
+    trainer: CheckpointedTrainer,
+    progress: Progress,
+    stopper: StopOnSignal,
+    settings: Settings,
+    parameters: tuple[int, int],
 ) -> int:
     """Evaluate, save and report; or say how a stopped run goes on."""
     training, output = settings.training, Path(settings.training.output_dir)
@@ -248,8 +270,9 @@ def finish(
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         drawn = draw_curve(progress.records, output / CURVE)
         print("\n" + progress.table(parameters))
-        print(f"\nSaved in {output}, the log in {output / LOG}{f', the curve in {output / CURVE}' if drawn else ''}.\n"
-              f"python cli_demo.py -c {output}")  # fmt: skip
+        print(f"\nSaved in {output}, the log in {output / LOG}{f', the curve in {output / CURVE}' if drawn else ''}.")
+        if settings.data.stage != "rm":  # a reward model says nothing
+            print(f"python cli_demo.py -c {output}")
     return 0
 
 
@@ -268,7 +291,10 @@ def check_data(settings: Settings) -> int:
         except OSError:
             print(f"The vocabulary of {name} is not to be had: counting with the demo model's.", file=sys.stderr)
             tokenizer = QWenTokenizer.from_pretrained(ensure_demo_checkpoint())
-    samples = tokenize(conversations, tokenizer, settings.data.model_max_length, settings.data.loss_on)
+    if settings.data.stage in PREFERENCES:
+        samples = encode_preferences(conversations, tokenizer, settings.data.model_max_length, settings.data.stage)
+    else:
+        samples = tokenize(conversations, tokenizer, settings.data.model_max_length, settings.data.loss_on)
     print_report(path, conversations, samples, tokenizer, settings.data, notes)
     return 0 if len(samples) and (settings.data.skip_bad_samples or not notes.bad) else 1
 

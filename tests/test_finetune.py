@@ -445,7 +445,10 @@ def test_loss_that_is_no_number_stops_the_run(work: dict[str, str], monkeypatch:
         ({"push_to_hub": True}, "--push_to_hub: "),
         ({"stage": "pt"}, "this is one for --stage sft"),
         ({"stage": "pt", "lazy_preprocess": True}, "--packing needs all lengths"),
-        ({"stage": "dpo"}, "--stage.*: invalid choice: 'dpo'"),
+        ({"stage": "dpo"}, "this is one for --stage sft"),
+        ({"stage": "dpo", "packing": True}, "--packing is for --stage sft and pt"),
+        ({"stage": "kto", "per_device_train_batch_size": 1}, "--per_device_train_batch_size 2 or more"),
+        ({"stage": "rm", "use_lora": True, "modules_to_save": "lm_head"}, "can't train lm_head"),
         ({"modules_to_save": "lm_head"}, "add --use_lora True"),
         ({"use_lora": True, "modules_to_save": "embed"}, "--modules_to_save embed: this model has no such layer"),
         ({"use_lora": True, "lora_target_modules": "c_attn,q_proj"}, "--lora_target_modules q_proj: this model has no"),
@@ -575,7 +578,7 @@ def test_flags_of_older_scripts_are_understood(work: dict[str, str]) -> None:
 def test_commands_of_the_manual_parse() -> None:
     text = (finetune.ROOT / "finetune" / "README.md").read_text(encoding="utf-8")
     flags = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python finetune.py -")]
-    assert len(flags) == 2 and all(finetune.parse_args(each) for each in flags)
+    assert len(flags) == 4 and all(finetune.parse_args(each) for each in flags)
     launched = re.findall(r"^finetune/(\S+) (.*?)(?: -- (.*))?$", text, re.MULTILINE)
     assert launched and all((finetune.ROOT / "finetune" / name).is_file() for name, _, _ in launched)
     assert all(finetune.parse_args(["-d", "a", *shlex.split(more)]) for _, _, more in launched)

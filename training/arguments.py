@@ -26,7 +26,13 @@ from .early import check_libraries
 from .masks import LOSS_ON
 
 LORA_RATE, FULL_RATE = 3e-4, 1e-5  # what the publisher trained with
-STAGES = ("sft", "pt")
+STAGES = {
+    "sft": "learn the replies of conversations", "pt": "go on with pre-training, on plain text in full rows",
+    "dpo": "learn to prefer chosen replies to rejected ones", "kto": "learn from replies labelled good or bad",
+    "rm": "a reward model, which scores replies",
+}  # fmt: skip
+PREFERENCES = ("dpo", "kto", "rm")  # trained with TRL
+RATES = {"dpo": (1e-5, 1e-6), "kto": (1e-5, 1e-6), "rm": (1e-4, 1e-5)}  # of adapters and all weights, as TRL advises
 LAYERS = ("c_attn", "c_proj", "w1", "w2")
 OTHER_LAYERS = ("wte", "lm_head", "ln_1", "ln_2", "ln_f")
 # Names of older transformers, which scripts from that time pass.
@@ -68,8 +74,8 @@ class ModelArguments:
 class DataArguments:
     data_path: list[str] = option([], "Training data: files, folders, patterns, names of the hub.", "-d")
     stage: str = option(
-        "sft", "sft: learn the replies of conversations; pt: go on with pre-training, on plain text in full rows.",
-        choices=STAGES,
+        "sft", "What to learn from the data. " + "; ".join(f"{name}: {text}" for name, text in STAGES.items()) + ".",
+        choices=list(STAGES),
     )  # fmt: skip
     eval_data_path: list[str] = option([], "Data to measure the loss on, as --data_path; with --eval_strategy.")
     val_size: float = option(0.0, "Samples to take out of the training data for that: a share below 1, or a number.")
@@ -86,6 +92,14 @@ class DataArguments:
     packing: bool = option(False, "Fill every row with samples up to --model_max_length tokens.")
     padding: bool = option(False, "Pad a batch to its longest sample in place of one row without padding.")
     lazy_preprocess: bool = option(False, "Tokenise while training; no packing, no counts before it starts.")
+
+
+@dataclass
+class PreferenceArguments:
+    beta: float = option(0.1, "DPO and KTO: how strongly the model is held to what it was.")
+    loss_type: str | None = option(None, "DPO and KTO: another loss of TRL's, such as ipo, hinge, robust, apo_zero.")
+    desirable_weight: float = option(1.0, "KTO: weight of good replies.")
+    undesirable_weight: float = option(1.0, "KTO: weight of bad replies.")
 
 
 @dataclass
@@ -164,7 +178,11 @@ class TrainingArguments(transformers.TrainingArguments):
 
     @property
     def precision(self) -> str:
-        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+        return precision(self)
+
+
+def precision(training: transformers.TrainingArguments) -> str:
+    return "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
 
 
 @dataclass
@@ -172,6 +190,7 @@ class Settings:
     model: ModelArguments
     data: DataArguments
     lora: LoraArguments
+    preference: PreferenceArguments
     training: TrainingArguments
     given: set[str] = field(default_factory=set)  # names of the flags on the command line
 
@@ -183,7 +202,7 @@ class ArgumentParser(HfArgumentParser):
 
 def parse_settings(argv: list[str], description: str) -> Settings:
     """Parse and check the command line; QwenError for whatever can't work."""
-    groups = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
+    groups = (ModelArguments, DataArguments, LoraArguments, PreferenceArguments, TrainingArguments)
     parser = ArgumentParser(groups, description=description, allow_abbrev=False)
     argv = without_gone([renamed(argument) for argument in argv])
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -196,7 +215,8 @@ def parse_settings(argv: list[str], description: str) -> Settings:
     settings.lora.use_lora |= settings.lora.q_lora
     settings.data.packing |= settings.data.stage == "pt" and not settings.data.padding
     if settings.training.learning_rate is None:
-        settings.training.learning_rate = LORA_RATE if settings.lora.use_lora else FULL_RATE
+        rates = RATES.get(settings.data.stage, (LORA_RATE, FULL_RATE))
+        settings.training.learning_rate = rates[0 if settings.lora.use_lora else 1]
     if settings.data.check_data is None:
         check_settings(settings)
     return settings
@@ -239,6 +259,8 @@ def check_settings(settings: Settings) -> None:
     if data.padding and settings.model.attn == PACKED:
         settings.model.attn = "sdpa"
     check_evaluation(data, training)
+    if data.stage in PREFERENCES:
+        check_preference(settings)
     lora.lora_target_modules = check_targets(lora)
     if not lora.use_lora and (lora.use_dora or lora.use_rslora or lora.train_embeddings or lora.modules_to_save):
         raise QwenError(
@@ -275,6 +297,26 @@ def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
                 "--early_stopping_patience needs --eval_strategy and --save_strategy of the same steps, and "
                 "--load_best_model_at_end True: what is kept is the best model, not the last"
             )
+
+
+def check_preference(settings: Settings) -> None:
+    """QwenError for what TRL's trainers don't take."""
+    data, lora, training = settings.data, settings.lora, settings.training
+    if find_spec("trl") is None:
+        raise QwenError(f"--stage {data.stage} needs the package trl: pip install -r requirements_finetune.txt")
+    flags = {
+        "packing": data.packing,
+        "lazy_preprocess": data.lazy_preprocess,
+        "train_embeddings": lora.train_embeddings,
+    }
+    if wrong := next((name for name, given in flags.items() if given), None):
+        raise QwenError(f"--{wrong} is for --stage sft and pt: preferences are read in pairs; leave it out")
+    if data.stage == "kto" and min(training.per_device_train_batch_size, training.per_device_eval_batch_size) < 2:
+        raise QwenError("--stage kto compares the replies of a batch: give --per_device_train_batch_size 2 or more")
+    if "lm_head" in lora.lora_target_modules or "lm_head" in lora.modules_to_save:
+        raise QwenError(f"--stage {data.stage} can't train lm_head: leave it out of the layers")
+    if settings.model.attn == PACKED:
+        settings.model.attn = "sdpa"  # pairs are padded
 
 
 def check_targets(lora: LoraArguments) -> list[str]:

@@ -13,11 +13,13 @@ from transformers.trainer_pt_utils import get_model_param_count  # counts parame
 from qwen import QWenLMHeadModel, QWenTokenizer
 from qwen.chatml import DEFAULT_WINDOW
 from qwen.checkpoint import check_architecture
+from qwen.classification import QWenForSequenceClassification
 from qwen.errors import QwenError
+from qwen.modeling_qwen import QWenPreTrainedModel
 from qwen.tokenization_qwen import VOCAB_FILE
 from utils import DTYPES, check_adapter_base, find_checkpoint, load_model_for_training
 
-from .arguments import LoraArguments, Settings, is_pattern, is_sharded, stage
+from .arguments import Settings, TrainingArguments, is_pattern, is_sharded, stage
 
 SHAPE = {  # of an adapter: flags after the names that peft writes
     "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "bias": "lora_bias",
@@ -87,8 +89,10 @@ def load_model(settings: Settings, start: Start, tokenizer: QWenTokenizer) -> nn
     """The model of `settings`, with an adapter where asked for, ready to be trained."""
     lora, training = settings.lora, settings.training
     quantization = nf4_config(training.precision) if lora.q_lora and not is_gptq(start.base) else None
+    reward = settings.data.stage == "rm"
     model = load_model_for_training(
         start.base,
+        kind=QWenForSequenceClassification if reward else QWenLMHeadModel,
         dtype=weight_dtype(settings),
         placement=None if is_sharded(training) else {"": training.device},
         attn=settings.model.attn,
@@ -96,14 +100,20 @@ def load_model(settings: Settings, start: Start, tokenizer: QWenTokenizer) -> nn
     )
     if start.adapter:
         model = load_trained_adapter(model, start, tokenizer, lora.use_lora)
-    if settings.data.stage == "sft":
+    if settings.data.stage not in ("pt", "rm"):
         set_stop_ids(model, tokenizer)
-    keep_settings_saveable(model)
-    if lora.use_lora and not start.adapter:
-        model = add_adapter(model, lora)
+    if not reward:
+        keep_settings_saveable(model)
+    if lora.use_lora and not start.adapter and settings.data.stage not in ("dpo", "kto"):  # TRL adds it there
+        model = add_adapter(model, settings)
+    return train_in_float32(model, training)
+
+
+def train_in_float32(model: nn.Module, training: TrainingArguments) -> nn.Module:
+    """The model with what is trained in float32, in place: small steps vanish in the rounding of half precision."""
     if stage(training) == 0:
         for parameter in model.parameters():
-            if parameter.requires_grad:  # small steps vanish in the rounding of half precision
+            if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model
 
@@ -142,14 +152,15 @@ def load_trained_adapter(model: QWenLMHeadModel, start: Start, tokenizer: QWenTo
     return adapted if on else adapted.merge_and_unload(safe_merge=True).train().requires_grad_(True)
 
 
-def add_adapter(model: QWenLMHeadModel, lora: LoraArguments) -> nn.Module:
-    """The model with a LoRA adapter, alone to be trained."""
+def lora_config(settings: Settings) -> Any:
+    """peft's LoraConfig of these flags."""
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         from qwen.lora import support_int4
     except ImportError:
         raise QwenError("--use_lora needs the package peft: pip install -r requirements_finetune.txt") from None
+    lora, reward = settings.lora, settings.data.stage == "rm"
     targets, pattern = lora.lora_target_modules, is_pattern(lora.lora_target_modules[0])
     whole = lora.modules_to_save + (["wte", "lm_head"] if lora.train_embeddings else [])
     config = LoraConfig(
@@ -160,11 +171,19 @@ def add_adapter(model: QWenLMHeadModel, lora: LoraArguments) -> nn.Module:
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
-        modules_to_save=sorted(set(whole)) or None,
-        task_type="CAUSAL_LM",
+        modules_to_save=sorted({*whole, *(["score"] if reward else [])}) or None,
+        task_type="SEQ_CLS" if reward else "CAUSAL_LM",
     )
+    return support_int4(config)
+
+
+def add_adapter(model: QWenPreTrainedModel, settings: Settings) -> nn.Module:
+    """The model with a LoRA adapter, alone to be trained."""
+    config, lora = lora_config(settings), settings.lora
+    from peft import get_peft_model
+
     try:
-        return get_peft_model(model, support_int4(config))
+        return get_peft_model(model, config)
     except ValueError as error:
         raise QwenError(f"--lora_target_modules {' '.join(lora.lora_target_modules)}: {error}") from error
 

@@ -1,5 +1,6 @@
 """transformers' Trainer for this model: loss without logits, exact evaluation, whole checkpoints."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from .checkpoints import mark_complete, record_base, remove_old
 from .data import EvenDataset
 from .speed import Work
 
+REFERENCE = "ref"  # the adapter before it was trained on, which TRL keeps beside it; a copy of what is on the disk
 
-class QwenTrainer(Trainer):
-    """A Trainer for batches of `training.data`.
+
+class CheckpointedTrainer(Trainer):
+    """What every trainer here has: whole checkpoints, adapters that know their base model, counts of the work done.
 
     Args:
         facts: what a run that goes on from a checkpoint of this one must have in common with it.
@@ -27,14 +30,16 @@ class QwenTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, facts: dict[str, Any], base: tuple[str, str | None], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self.facts = facts
         self.base = base
         self.work = Work()
-        model = self.accelerator.unwrap_model(self.model)
-        model.config.use_cache = True  # as it is to be saved; batches say False
-        # An adapter on the head adds to logits: then there must be some.
-        self.skip_logits = not hasattr(model.get_output_embeddings(), "lora_A")
+        super().__init__(*args, **kwargs)
+        self.accelerator.unwrap_model(self.model).config.use_cache = True  # as it is to be saved; batches say False
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self.work.add(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ---- learning rate ----
 
@@ -50,14 +55,46 @@ class QwenTrainer(Trainer):
         for group, rate, current in zip(self.optimizer.param_groups, rates, scheduler._last_lr, strict=True):
             group["initial_lr"], group["lr"] = rate, current
 
-    # ---- loss ----
+    # ---- saving ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            output = Path(self.args.output_dir)
+            mark_complete(output / f"checkpoint-{self.state.global_step}", self.facts)
+            remove_old(output, limit, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # said where wte is adapted
+            super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        directory = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and not isinstance(model, PreTrainedModel):  # an adapter
+            shutil.rmtree(directory / REFERENCE, ignore_errors=True)
+            if (settings := getattr(model, "generation_config", None)) is not None:  # a classifier has none
+                saveable(settings).save_pretrained(directory)
+            record_base(directory, *self.base)
+
+
+class QwenTrainer(CheckpointedTrainer):
+    """A trainer for batches of `training.data`: loss without logits, exact evaluation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        # An adapter on the head adds to logits: then there must be some.
+        self.skip_logits = not hasattr(model.get_output_embeddings(), "lora_A")
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        self.work.add(inputs)
-        inputs = {**inputs, "skip_logits": self.skip_logits}
-        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return super().compute_loss(model, {**inputs, "skip_logits": self.skip_logits}, return_outputs, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -84,27 +121,3 @@ class QwenTrainer(Trainer):
         loss, items = self.accelerator.reduce(self.evaluated).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(items, 1)
         return output
-
-    # ---- saving ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is whole
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            output = Path(self.args.output_dir)
-            mark_complete(output / f"checkpoint-{self.state.global_step}", self.facts)
-            remove_old(output, limit, self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # said where wte is adapted
-            super()._save(output_dir, state_dict)
-        model = self.accelerator.unwrap_model(self.model)
-        directory = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and not isinstance(model, PreTrainedModel):  # an adapter
-            saveable(model.generation_config).save_pretrained(directory)
-            record_base(directory, *self.base)
