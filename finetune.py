@@ -166,6 +166,7 @@ def run_facts(settings: Settings, start: Start, data: str) -> dict[str, Any]:
         "base model": identify_base(start.base, start.adapter), "precision": training.precision,
         "optim": str(training.optim), "learning_rate": training.learning_rate,
         "lr_scheduler_type": str(training.lr_scheduler_type), "batch (samples a step)": batch,
+        "trainable_layers": lora.trainable_layers, "loraplus_lr_ratio": training.loraplus_lr_ratio,
     }  # fmt: skip
     return facts | (vars(lora) if lora.use_lora else {})
 

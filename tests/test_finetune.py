@@ -516,6 +516,47 @@ def test_layers_by_name_list_and_pattern(work: dict[str, str], targets: str, ada
     logits(output)
 
 
+def test_only_the_last_layers_are_trained(work: dict[str, str], base: Path, tmp_path: Path) -> None:
+    before = load_file(base / "model.safetensors")
+    output, log = train(work, trainable_layers=1, learning_rate="1e-3", fp32=True)
+    after = load_file(output / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert log[-1]["loss"] < log[0]["loss"] and any(name.startswith("transformer.h.2.") for name in changed)
+    assert all(name.startswith(("transformer.h.2.", "transformer.ln_f.", "lm_head.")) for name in changed)
+    output, log = train(work, trainable_layers=2, use_lora=True, output_dir=tmp_path / "lora")
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert {name.split(".h.")[1][0] for name in weights_of(output)} == {"1", "2"}
+    logits(output)
+    with pytest.raises(QwenError, match="--trainable_layers 9: this model has 3"):
+        train(work, trainable_layers=9, output_dir=tmp_path / "none")
+
+
+def test_lora_plus_moves_b_faster(work: dict[str, str], tmp_path: Path) -> None:
+    """After one step of Adam, which is as long as the rate, B has gone 16 times as far as without."""
+    flags = {"use_lora": True, "max_steps": 1, "warmup_steps": 0, "learning_rate": "1e-4", "fp32": True,
+             "weight_decay": 0}  # fmt: skip
+    plain, _ = train(work, **flags)
+    faster, log = train(work, **flags, loraplus_lr_ratio=16, output_dir=tmp_path / "plus")
+    for name, tensor in weights_of(faster).items():
+        other = weights_of(plain)[name]
+        torch.testing.assert_close(tensor, 16 * other if "lora_B" in name else other, atol=1e-6, rtol=1e-3)
+    with pytest.raises(QwenError, match="--loraplus_lr_ratio belongs to adapters"):
+        train(work, loraplus_lr_ratio=16, output_dir=tmp_path / "full")
+
+
+def test_noise_on_embeddings_is_for_training_alone(work: dict[str, str], data: Path, tmp_path: Path) -> None:
+    """NEFTune: other training losses, an evaluation loss of the saved model without noise, and no trace in it."""
+    flags = {"use_lora": True, "max_steps": 3, "eval_data_path": data, "fp32": True}
+    _, expected = train(work, **flags)
+    output, log = train(work, **flags, neftune_noise_alpha=5, output_dir=tmp_path / "noisy")
+    assert log[0]["loss"] != expected[0]["loss"]
+    flags |= {"model_name_or_path": output, "learning_rate": "1e-9", "max_steps": 1, "output_dir": tmp_path / "again"}
+    train(work, **flags)
+    [first, again] = [[r for r in read_log(path / "log.jsonl") if "eval_loss" in r][-1] for path in
+                      (output, tmp_path / "again")]  # fmt: skip
+    assert again["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-4)
+
+
 def test_an_adapter_is_trained_on_or_merged_first(work: dict[str, str], base: Path, tmp_path: Path) -> None:
     flags = {"max_steps": 6, "lr_scheduler_type": "constant", "warmup_steps": 0}
     first, log = train(work, use_lora=True, **flags)

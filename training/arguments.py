@@ -117,6 +117,9 @@ class LoraArguments:
                             choices=["none", "all", "lora_only"])  # fmt: skip
     use_dora: bool = option(False, "DoRA: adapt magnitude and direction apart.")
     use_rslora: bool = option(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r).")
+    trainable_layers: int | None = option(
+        None, "Train only so many of the last layers (and without --use_lora norm and head behind them)."
+    )
     train_embeddings: bool = option(
         False, "Also train embedding and head whole (1.24 B parameters of Qwen-7B): for a base model to learn ChatML."
     )
@@ -140,6 +143,9 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_steps: float = option(1, "Steps between two lines of the log.")
     early_stopping_patience: int | None = option(
         None, "Stop when the evaluation loss has not fallen so many times; with --load_best_model_at_end."
+    )
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: how many times faster the B matrices of an adapter learn than A; the paper's advice is 16."
     )
     new_learning_rate: bool = option(
         False, "When resuming, go on with the given learning rate and schedule in place of the checkpoint's."
@@ -266,6 +272,7 @@ def check_settings(settings: Settings) -> None:
         raise QwenError(
             "--use_dora, --use_rslora, --train_embeddings and --modules_to_save belong to adapters: add --use_lora True"
         )
+    check_methods(lora, training)
     if lora.use_lora and (lora.lora_r < 1 or lora.lora_alpha <= 0 or not lora.lora_target_modules):
         raise QwenError("--lora_r and --lora_alpha must be above 0, and --lora_target_modules not empty")
     if training.learning_rate <= 0:
@@ -277,6 +284,19 @@ def check_settings(settings: Settings) -> None:
     if lora.q_lora and is_sharded(training):
         raise QwenError("4-bit weights can't be split over GPUs: Q-LoRA runs with ZeRO-2 or on one GPU")
     check_libraries(training)
+
+
+def check_methods(lora: LoraArguments, training: TrainingArguments) -> None:
+    """QwenError for ways to train that don't go together."""
+    if training.loraplus_lr_ratio is not None:
+        if not lora.use_lora or training.deepspeed:
+            raise QwenError("--loraplus_lr_ratio belongs to adapters, without DeepSpeed: add --use_lora True")
+        if training.loraplus_lr_ratio < 1:
+            raise QwenError(f"--loraplus_lr_ratio {training.loraplus_lr_ratio}: must be 1 or more; 16 is usual")
+    if lora.trainable_layers is not None and (lora.trainable_layers < 1 or is_pattern(lora.lora_target_modules[0])):
+        raise QwenError(
+            f"--trainable_layers {lora.trainable_layers}: give 1 or more, and layers by their names, not by a pattern"
+        )
 
 
 def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:

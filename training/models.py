@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_model_param_count  # counts parameters that ZeRO-3 has split, too
 
 from qwen import QWenLMHeadModel, QWenTokenizer
@@ -72,6 +73,8 @@ def take_shape(settings: Settings, config: dict[str, Any]) -> None:
     """Set the flags of an adapter to those of the one that is trained on; QwenError for a flag that says otherwise."""
     if config["peft_type"] != "LORA":
         raise QwenError(f"an adapter of the kind {config['peft_type']} is not trained on here, only LoRA's")
+    if "trainable_layers" in settings.given:
+        raise QwenError("--trainable_layers: the adapter to train on has its layers; leave the flag out")
     for key, flag in SHAPE.items():
         value = config.get(key)
         if flag in ("lora_target_modules", "modules_to_save"):
@@ -106,7 +109,24 @@ def load_model(settings: Settings, start: Start, tokenizer: QWenTokenizer) -> nn
         keep_settings_saveable(model)
     if lora.use_lora and not start.adapter and settings.data.stage not in ("dpo", "kto"):  # TRL adds it there
         model = add_adapter(model, settings)
+    if lora.trainable_layers and not lora.use_lora:
+        freeze_layers(model, lora.trainable_layers)
     return train_in_float32(model, training)
+
+
+def last_layers(model: PreTrainedModel, count: int) -> range:
+    """The numbers of the last `count` layers; QwenError if there are fewer."""
+    layers = model.config.num_hidden_layers
+    if count > layers:
+        raise QwenError(f"--trainable_layers {count}: this model has {layers}")
+    return range(layers - count, layers)
+
+
+def freeze_layers(model: PreTrainedModel, count: int) -> None:
+    """Leave only the last `count` layers, and what follows them, to be trained."""
+    kept = [f"transformer.h.{number}." for number in last_layers(model, count)]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith((*kept, "transformer.ln_f.", "lm_head.", "score."))
 
 
 def train_in_float32(model: nn.Module, training: TrainingArguments) -> nn.Module:
@@ -152,8 +172,8 @@ def load_trained_adapter(model: QWenLMHeadModel, start: Start, tokenizer: QWenTo
     return adapted if on else adapted.merge_and_unload(safe_merge=True).train().requires_grad_(True)
 
 
-def lora_config(settings: Settings) -> Any:
-    """peft's LoraConfig of these flags."""
+def lora_config(settings: Settings, model: PreTrainedModel) -> Any:
+    """peft's LoraConfig of these flags for this model."""
     try:
         from peft import LoraConfig
 
@@ -173,13 +193,15 @@ def lora_config(settings: Settings) -> Any:
         use_rslora=lora.use_rslora,
         modules_to_save=sorted({*whole, *(["score"] if reward else [])}) or None,
         task_type="SEQ_CLS" if reward else "CAUSAL_LM",
+        layers_to_transform=list(last_layers(model, lora.trainable_layers)) if lora.trainable_layers else None,
+        layers_pattern="h" if lora.trainable_layers else None,
     )
     return support_int4(config)
 
 
 def add_adapter(model: QWenPreTrainedModel, settings: Settings) -> nn.Module:
     """The model with a LoRA adapter, alone to be trained."""
-    config, lora = lora_config(settings), settings.lora
+    config, lora = lora_config(settings, model), settings.lora
     from peft import get_peft_model
 
     try:

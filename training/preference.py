@@ -150,6 +150,6 @@ def make_trainer(
     kind = type(f"{names[stage]}Trainer", (PreferenceTrainer, getattr(trl, f"{names[stage]}Trainer")), {})
     return kind(
         model=model, args=config, train_dataset=batches[0], eval_dataset=batches[1], processing_class=tokenizer,
-        peft_config=lora_config(settings) if adapter and not start.adapter and stage != "rm" else None,
+        peft_config=lora_config(settings, model) if adapter and not start.adapter and stage != "rm" else None,
         facts=facts, base=(start.name, start.revision),
     )  # fmt: skip

@@ -43,6 +43,17 @@ class CheckpointedTrainer(Trainer):
 
     # ---- learning rate ----
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.loraplus_lr_ratio is not None:
+            from peft.optimizers import create_loraplus_optimizer
+
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = create_loraplus_optimizer(
+                self.model, kind, loraplus_lr_ratio=self.args.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay, **settings,
+            )  # fmt: skip
+        return super().create_optimizer(model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.args.new_learning_rate:
             return super()._load_optimizer_and_scheduler(checkpoint)
