@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def train(settings: Settings) -> int:
     output, adapter = Path(training.output_dir), settings.lora.use_lora
     check_output(output, settings.model.model_name_or_path, adapter)
     names = [data.data_path, data.eval_data_path]
-    conversations = [read_data(each, settings) for each in names if each]
+    conversations = [read_data(data.data_path, settings, data.data_weights)]
+    if data.eval_data_path:
+        conversations.append(read_data(data.eval_data_path, settings))
     if data.val_size:
         conversations, names = hold_out(conversations[0], data.val_size, training.seed), [data.data_path] * 2
     with training.main_process_first(local=True, desc="download"):
@@ -131,10 +134,16 @@ def source(name: str, settings: Settings) -> Source:
                   tuple(data.ignore_fields))  # fmt: skip
 
 
-def read_data(names: list[str], settings: Settings) -> list:
-    """All samples of these data; QwenError for bad ones, after a list of all of them, unless they are to be skipped."""
-    notes = Notes()
-    samples = [sample for name in names for sample in source(name, settings).samples(notes)]
+def read_data(names: list[str], settings: Settings, weights: Sequence[float] = ()) -> list:
+    """All samples of these data, each taken as often as its weight says; QwenError for bad ones, after a list of all of
+    them, unless they are to be skipped."""
+    notes, samples = Notes(), []
+    for index, name in enumerate(names):
+        found = list(source(name, settings).samples(notes))
+        taken = repeat(found, weights[index], settings.training.seed) if weights else found
+        if weights and settings.training.should_log:
+            print(f"{name}: {len(taken):,} samples taken out of {len(found):,}", file=sys.stderr)
+        samples += taken
     if settings.training.should_log:
         for text in (notes.list_remarks(), notes.list_faults()):
             if text:
@@ -147,13 +156,23 @@ def read_data(names: list[str], settings: Settings) -> list:
     return samples
 
 
+def repeat(samples: list, weight: float, seed: int) -> list:
+    """The samples `weight` times: whole rounds, and of the last one a part drawn by the seed, in their order."""
+    rounds, part = divmod(round(weight * len(samples)), len(samples)) if samples else (0, 0)
+    drawn = sorted(random.Random(seed).sample(range(len(samples)), part))
+    return samples * rounds + [samples[index] for index in drawn]
+
+
 def hold_out(samples: list, size: float, seed: int) -> list[list]:
-    """Samples to train on and others to evaluate on, drawn by the seed; a size below 1 is a share."""
-    count = round(size * len(samples)) if size < 1 else int(size)
-    if not 0 < count < len(samples):
-        raise QwenError(f"--val_size {size:g} takes {count} of {len(samples)} samples: some must be left on both sides")
-    chosen = set(random.Random(seed).sample(range(len(samples)), count))
-    return [[s for i, s in enumerate(samples) if (i in chosen) == evaluated] for evaluated in (False, True)]
+    """Samples to train on and others to evaluate on, drawn by the seed; a size below 1 is a share. What comes from one
+    row of the data, or from it several times, stays on one side; it is evaluated once."""
+    rows = list(dict.fromkeys(sample.where for sample in samples))
+    count = round(size * len(rows)) if size < 1 else int(size)
+    if not 0 < count < len(rows):
+        raise QwenError(f"--val_size {size:g} takes {count} of {len(rows)} samples: some must be left on both sides")
+    chosen = set(random.Random(seed).sample(rows, count))
+    evaluated = dict.fromkeys(sample for sample in samples if sample.where in chosen)
+    return [[sample for sample in samples if sample.where not in chosen], list(evaluated)]
 
 
 def run_facts(settings: Settings, start: Start, data: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from qwen.int4 import Int4Linear
 from training import arguments
 from training.checkpoints import COMPLETE
 from training.progress import StopOnSignal, read_log
+from training.samples import Text
 from training.trainer import QwenTrainer
 from utils import DTYPES, load_model_and_tokenizer
 
@@ -514,6 +515,23 @@ def test_layers_by_name_list_and_pattern(work: dict[str, str], targets: str, ada
     assert {name.split(".lora_")[0].split(".")[-1] for name in names if "lora_" in name} == adapted
     assert any("lm_head" in name for name in names)
     logits(output)
+
+
+def test_weights_of_data_are_obeyed_and_said(
+    work: dict[str, str], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(work, use_lora=True, data_path=f"{data} {data}", data_weights="2 0.5", val_size=5, max_steps=1)
+    printed = capsys.readouterr().err
+    assert "16 samples taken out of 8" in printed and "4 samples taken out of 8" in printed
+    assert "5 samples: 5 used whole" in printed
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    """Neither another copy of it, nor another conversation out of the same row."""
+    samples = [Text(f"{row} {part}", f"a:{row}") for _ in range(3) for row in range(10) for part in range(2)]
+    trained, evaluated = finetune.hold_out(samples, 0.3, 0)
+    assert len(evaluated) == len(set(evaluated)) == 6 and len(trained) == 42
+    assert not {each.where for each in trained} & {each.where for each in evaluated}
 
 
 def test_only_the_last_layers_are_trained(work: dict[str, str], base: Path, tmp_path: Path) -> None:

@@ -353,6 +353,16 @@ def test_lazy_samples_equal_tokenised_ones(tokenizer: QWenTokenizer) -> None:
         LazyDataset(conversations, tokenizer, 16, "assistant")
 
 
+def test_data_are_mixed_by_weights() -> None:
+    samples = list(range(100))
+    twice = finetune.repeat(samples, 2.25, 1)
+    assert len(twice) == 225 and all(2 <= twice.count(i) <= 3 for i in samples)
+    tenth = finetune.repeat(samples, 0.1, 1)
+    assert len(set(tenth)) == 10 and tenth == finetune.repeat(samples, 0.1, 1) != finetune.repeat(samples, 0.1, 2)
+    with pytest.raises(QwenError, match="--data_weights has 1 numbers, and --data_path 2 names: give one for each"):
+        finetune.parse_args(["-d", "a", "b", "--data_weights", "1"])
+
+
 # ---- the report ----
 
 

@@ -73,6 +73,9 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = option([], "Training data: files, folders, patterns, names of the hub.", "-d")
+    data_weights: list[float] = option(
+        [], "How often the samples of each --data_path are taken: 2 takes all twice, 0.1 a tenth of them, by the seed."
+    )
     stage: str = option(
         "sft", "What to learn from the data. " + "; ".join(f"{name}: {text}" for name, text in STAGES.items()) + ".",
         choices=list(STAGES),
@@ -256,6 +259,13 @@ def check_settings(settings: Settings) -> None:
     data, lora, training = settings.data, settings.lora, settings.training
     if not data.data_path:
         raise QwenError("--data_path is missing: give a file of conversations; finetune/sample.jsonl is one")
+    if data.data_weights and len(data.data_weights) != len(data.data_path):
+        raise QwenError(
+            f"--data_weights has {len(data.data_weights)} numbers, and --data_path {len(data.data_path)} names: give "
+            "one for each"
+        )
+    if any(weight <= 0 for weight in data.data_weights):
+        raise QwenError("--data_weights must be above 0: leave data out of --data_path that are not to be used")
     if data.model_max_length < 16:
         raise QwenError(f"--model_max_length {data.model_max_length}: a sample of a question and a reply takes more")
     if data.packing and data.lazy_preprocess:
