@@ -10,25 +10,29 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers  # its trainer, looked up where it is used, imports bitsandbytes, which must find qwen imported
 from safetensors import SafetensorError
+from torch import nn
 from transformers.utils import logging
 
 from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
 from qwen.errors import QwenError
-from training.arguments import Settings, TrainingArguments, parse_settings, stage
+from training.arguments import PREFERENCES, Settings, TrainingArguments, parse_settings, stage
 from training.checkpoints import check_output, check_same_run, find_resumable, identify_base
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
-from training.models import check_source, count_parameters, load_model
+from training.models import Start, count_parameters, find_start, load_model
+from training.preference import PreferenceDataset, encode_preferences
+from training.preference import make_trainer as make_preference_trainer
 from training.progress import CURVE, LOG, Progress, StopOnSignal, Watch, draw_curve
 from training.read import Source, check_notes
 from training.report import describe_dataset, print_report
 from training.samples import Notes, Text
-from training.trainer import QwenTrainer
+from training.trainer import CheckpointedTrainer, QwenTrainer
 from utils import DTYPES, find_checkpoint, load_config, run_script
 
 ROOT = Path(__file__).resolve().parent
@@ -67,34 +71,28 @@ def train(settings: Settings) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, about each other
     transformers.set_seed(training.seed)
     resume = find_resumable(prepare_output(training), training.resume_from_checkpoint)
-    check_output(Path(training.output_dir), settings.model.model_name_or_path, settings.lora.use_lora)
+    output, adapter = Path(training.output_dir), settings.lora.use_lora
+    check_output(output, settings.model.model_name_or_path, adapter)
     names = [data.data_path, data.eval_data_path]
-    conversations = [read_data(each, settings) for each in names if each]
+    conversations = [read_data(data.data_path, settings, data.data_weights)]
+    if data.eval_data_path:
+        conversations.append(read_data(data.eval_data_path, settings))
     if data.val_size:
         conversations, names = hold_out(conversations[0], data.val_size, training.seed), [data.data_path] * 2
     with training.main_process_first(local=True, desc="download"):
-        directory = find_checkpoint(settings.model.model_name_or_path, settings.model.hub, settings.model.revision)
-    check_source(directory, settings.lora)
-    tokenizer = load_tokenizer(directory, settings)
+        start = find_start(settings)
+    check_output(output, str(start.base), adapter)
+    tokenizer = load_tokenizer(start, settings)
     datasets = [
         make_dataset(each, tokenizer, settings, given) for each, given in zip(conversations, names, strict=False)
     ]
-    facts = run_facts(settings, directory, datasets[0].fingerprint())
+    facts = run_facts(settings, start, datasets[0].fingerprint())
     if resume is not None:
-        check_same_run(resume, facts)
+        check_same_run(resume, facts, training.new_learning_rate)
     check_steps(len(datasets[0]), settings)
-    model = load_model(settings, directory, tokenizer)
-    parameters = count_parameters(model)
-    trainer = QwenTrainer(
-        model=model,
-        args=training,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if len(datasets) > 1 else None,
-        processing_class=tokenizer,
-        data_collator=PaddingCollator(tokenizer.eod_id) if data.padding else collate,
-        facts=facts,
-        base=base_name(settings),
-    )
+    model = load_model(settings, start, tokenizer)
+    trainer = make_trainer(model, settings, start, datasets, tokenizer, facts)
+    parameters = count_parameters(trainer.model)
     stopper, progress = StopOnSignal(), Progress(trainer)
     for shown_otherwise in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(shown_otherwise)
@@ -107,6 +105,25 @@ def train(settings: Settings) -> int:
     return finish(trainer, progress, stopper, settings, parameters)
 
 
+def make_trainer(
+    model: nn.Module, settings: Settings, start: Start, datasets: list, tokenizer: QWenTokenizer, facts: dict[str, Any]
+) -> CheckpointedTrainer:
+    """The trainer of the stage, for data to train on and perhaps to evaluate on."""
+    train, evaluated, *_ = [*datasets, None]
+    if settings.data.stage in PREFERENCES:
+        return make_preference_trainer(model, settings, start, train, evaluated, tokenizer, facts)
+    return QwenTrainer(
+        model=model,
+        args=settings.training,
+        train_dataset=train,
+        eval_dataset=evaluated,
+        processing_class=tokenizer,
+        data_collator=PaddingCollator(tokenizer.eod_id) if settings.data.padding else collate,
+        facts=facts,
+        base=(start.name, start.revision),
+    )
+
+
 def source(name: str, settings: Settings) -> Source:
     """Data as the flags say that they are to be read."""
     data = settings.data
@@ -117,10 +134,16 @@ def source(name: str, settings: Settings) -> Source:
                   tuple(data.ignore_fields))  # fmt: skip
 
 
-def read_data(names: list[str], settings: Settings) -> list:
-    """All samples of these data; QwenError for bad ones, after a list of all of them, unless they are to be skipped."""
-    notes = Notes()
-    samples = [sample for name in names for sample in source(name, settings).samples(notes)]
+def read_data(names: list[str], settings: Settings, weights: Sequence[float] = ()) -> list:
+    """All samples of these data, each taken as often as its weight says; QwenError for bad ones, after a list of all of
+    them, unless they are to be skipped."""
+    notes, samples = Notes(), []
+    for index, name in enumerate(names):
+        found = list(source(name, settings).samples(notes))
+        taken = repeat(found, weights[index], settings.training.seed) if weights else found
+        if weights and settings.training.should_log:
+            print(f"{name}: {len(taken):,} samples taken out of {len(found):,}", file=sys.stderr)
+        samples += taken
     if settings.training.should_log:
         for text in (notes.list_remarks(), notes.list_faults()):
             if text:
@@ -133,25 +156,36 @@ def read_data(names: list[str], settings: Settings) -> list:
     return samples
 
 
+def repeat(samples: list, weight: float, seed: int) -> list:
+    """The samples `weight` times: whole rounds, and of the last one a part drawn by the seed, in their order."""
+    rounds, part = divmod(round(weight * len(samples)), len(samples)) if samples else (0, 0)
+    drawn = sorted(random.Random(seed).sample(range(len(samples)), part))
+    return samples * rounds + [samples[index] for index in drawn]
+
+
 def hold_out(samples: list, size: float, seed: int) -> list[list]:
-    """Samples to train on and others to evaluate on, drawn by the seed; a size below 1 is a share."""
-    count = round(size * len(samples)) if size < 1 else int(size)
-    if not 0 < count < len(samples):
-        raise QwenError(f"--val_size {size:g} takes {count} of {len(samples)} samples: some must be left on both sides")
-    chosen = set(random.Random(seed).sample(range(len(samples)), count))
-    return [[s for i, s in enumerate(samples) if (i in chosen) == evaluated] for evaluated in (False, True)]
+    """Samples to train on and others to evaluate on, drawn by the seed; a size below 1 is a share. What comes from one
+    row of the data, or from it several times, stays on one side; it is evaluated once."""
+    rows = list(dict.fromkeys(sample.where for sample in samples))
+    count = round(size * len(rows)) if size < 1 else int(size)
+    if not 0 < count < len(rows):
+        raise QwenError(f"--val_size {size:g} takes {count} of {len(rows)} samples: some must be left on both sides")
+    chosen = set(random.Random(seed).sample(rows, count))
+    evaluated = dict.fromkeys(sample for sample in samples if sample.where in chosen)
+    return [[sample for sample in samples if sample.where not in chosen], list(evaluated)]
 
 
-def run_facts(settings: Settings, directory: Path, data: str) -> dict[str, Any]:
+def run_facts(settings: Settings, start: Start, data: str) -> dict[str, Any]:
     """What a run that goes on from a checkpoint must have in common with the one that wrote it."""
     lora, training = settings.lora, settings.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     facts = {
         "data": data, "stage": settings.data.stage, "loss_on": settings.data.loss_on, "seed": training.seed,
         "adapter": lora.use_lora,
-        "base model": identify_base(directory), "precision": training.precision, "optim": str(training.optim),
-        "learning_rate": training.learning_rate, "lr_scheduler_type": str(training.lr_scheduler_type),
-        "batch (samples a step)": batch,
+        "base model": identify_base(start.base, start.adapter), "precision": training.precision,
+        "optim": str(training.optim), "learning_rate": training.learning_rate,
+        "lr_scheduler_type": str(training.lr_scheduler_type), "batch (samples a step)": batch,
+        "trainable_layers": lora.trainable_layers, "loraplus_lr_ratio": training.loraplus_lr_ratio,
     }  # fmt: skip
     return facts | (vars(lora) if lora.use_lora else {})
 
@@ -166,22 +200,27 @@ def prepare_output(training: TrainingArguments) -> Path:
     return output
 
 
-def load_tokenizer(directory: Path, settings: Settings) -> QWenTokenizer:
+def load_tokenizer(start: Start, settings: Settings) -> QWenTokenizer:
     """The checkpoint's tokenizer; a warning where samples may be longer than the model was trained for."""
-    config = load_config(directory)
+    config = load_config(start.base)
     longest = settings.data.model_max_length
     if longest > config.seq_length:
         print(f"--model_max_length {longest} is more than this model's training length {config.seq_length}: longer "
               "samples teach it positions it has never seen.", file=sys.stderr)  # fmt: skip
-    return QWenTokenizer.from_pretrained(directory)
+    return QWenTokenizer.from_pretrained(start.tokenizer)
 
 
 def make_dataset(
     conversations: list, tokenizer: QWenTokenizer, settings: Settings, names: list[str]
-) -> TokenDataset | PackedDataset | LazyDataset:
+) -> TokenDataset | PackedDataset | LazyDataset | PreferenceDataset:
     """Tokenised (or soon to be) samples; QwenError if none has anything to learn from."""
     data = settings.data
     quiet = not settings.training.should_log
+    if data.stage in PREFERENCES:
+        pairs = encode_preferences(conversations, tokenizer, data.model_max_length, data.stage)
+        if not quiet:
+            print(describe_dataset(pairs), file=sys.stderr)
+        return pairs
     if data.lazy_preprocess:
         if any(isinstance(each, Text) for each in conversations):
             raise QwenError(
@@ -228,7 +267,11 @@ def announce(settings: Settings, datasets: list, parameters: tuple[int, int], re
 
 
 def finish(
-    trainer: QwenTrainer, progress: Progress, stopper: StopOnSignal, settings: Settings, parameters: tuple[int, int]
+    trainer: CheckpointedTrainer,
+    progress: Progress,
+    stopper: StopOnSignal,
+    settings: Settings,
+    parameters: tuple[int, int],
 ) -> int:
     """Evaluate, save and report; or say how a stopped run goes on."""
     training, output = settings.training, Path(settings.training.output_dir)
@@ -247,15 +290,10 @@ def finish(
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         drawn = draw_curve(progress.records, output / CURVE)
         print("\n" + progress.table(parameters))
-        print(f"\nSaved in {output}, the log in {output / LOG}{f', the curve in {output / CURVE}' if drawn else ''}.\n"
-              f"python cli_demo.py -c {output}")  # fmt: skip
+        print(f"\nSaved in {output}, the log in {output / LOG}{f', the curve in {output / CURVE}' if drawn else ''}.")
+        if settings.data.stage != "rm":  # a reward model says nothing
+            print(f"python cli_demo.py -c {output}")
     return 0
-
-
-def base_name(settings: Settings) -> tuple[str, str | None]:
-    """What an adapter records: a directory in full, `demo` or a hub name as given, and the revision."""
-    name = settings.model.model_name_or_path
-    return str(Path(name).resolve()) if Path(name).is_dir() else name, settings.model.revision
 
 
 def check_data(settings: Settings) -> int:
@@ -273,7 +311,10 @@ def check_data(settings: Settings) -> int:
         except OSError:
             print(f"The vocabulary of {name} is not to be had: counting with the demo model's.", file=sys.stderr)
             tokenizer = QWenTokenizer.from_pretrained(ensure_demo_checkpoint())
-    samples = tokenize(conversations, tokenizer, settings.data.model_max_length, settings.data.loss_on)
+    if settings.data.stage in PREFERENCES:
+        samples = encode_preferences(conversations, tokenizer, settings.data.model_max_length, settings.data.stage)
+    else:
+        samples = tokenize(conversations, tokenizer, settings.data.model_max_length, settings.data.loss_on)
     print_report(path, conversations, samples, tokenizer, settings.data, notes)
     return 0 if len(samples) and (settings.data.skip_bad_samples or not notes.bad) else 1
 

@@ -12,10 +12,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from qwen import QWenForSequenceClassification, QWenTokenizer
 from qwen.checkpoint import check_architecture
 from qwen.errors import QwenError
 from qwen.paths import new_directory
-from utils import DTYPES, check_adapter_base, find_checkpoint, load_config, load_model_and_tokenizer, run_script
+from utils import (
+    DTYPES,
+    check_adapter_base,
+    find_checkpoint,
+    load_config,
+    load_model_and_tokenizer,
+    load_model_for_training,
+    run_script,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     # In float32, rounded once at the end: as close to base plus adapter as the saved precision can be.
     try:
         with new_directory(args.output) as made:  # before the weights are loaded: it may not be writable
-            model, tokenizer = load_model_and_tokenizer(base, device="cpu", dtype="fp32")
+            if settings.get("task_type") == "SEQ_CLS":  # of a reward model
+                model = load_model_for_training(base, torch.float32, {"": "cpu"}, kind=QWenForSequenceClassification)
+                tokenizer = QWenTokenizer.from_pretrained(base)
+            else:
+                model, tokenizer = load_model_and_tokenizer(base, device="cpu", dtype="fp32")
             model, tokenizer = load_adapter(adapter, model, tokenizer, str(base))
             print(f"Merging {adapter} into {base} ...", file=sys.stderr)
             merged = model.merge_and_unload(safe_merge=True, progressbar=sys.stderr.isatty())

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import enable_progress_bars
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from demo_checkpoint import ensure_demo_checkpoint
@@ -191,15 +192,16 @@ def load_model_for_training(
     placement: dict[str, Any] | None,
     attn: str = "sdpa",
     quantization_config: Any = None,
-) -> QWenLMHeadModel:
-    """The model of a checkpoint directory in train mode; `placement` None leaves its place to ZeRO-3 or FSDP."""
+    kind: type[PreTrainedModel] = QWenLMHeadModel,
+) -> PreTrainedModel:
+    """The model of a checkpoint directory in train mode, by default a language model; a reward model has one label.
+    `placement` None leaves its place to ZeRO-3 or FSDP."""
     check_loadable(directory)
     load_config(directory)
     more = {} if quantization_config is None else {"quantization_config": quantization_config}
+    more |= {} if kind is QWenLMHeadModel else {"num_labels": 1}
     try:
-        model = QWenLMHeadModel.from_pretrained(
-            directory, dtype=dtype, device_map=placement, attn_implementation=attn, **more
-        )
+        model = kind.from_pretrained(directory, dtype=dtype, device_map=placement, attn_implementation=attn, **more)
     except ImportError as error:
         raise QwenError(f"--attn {attn} or the quantisation is not available here: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:

@@ -1,7 +1,7 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # LoRA on one GPU.
 #     finetune/finetune_lora_single_gpu.sh -m Qwen/Qwen-7B-Chat -d data.jsonl -o output -- --num_train_epochs 3
-DEFAULT_MODEL=Qwen/Qwen-7B-Chat
-ARGS=("$@")
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-launch single --use_lora True --gradient_checkpointing True
+. "$(dirname "$0")/common.sh"
+parse Qwen/Qwen-7B-Chat "$@"
+shift "$PARSED"
+launch single --use_lora True --gradient_checkpointing True "$@"

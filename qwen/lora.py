@@ -43,9 +43,10 @@ def support_int4(config: LoraConfig) -> LoraConfig:
 
 
 def load_adapter(
-    directory: Path, model: PreTrainedModel, tokenizer: QWenTokenizer, base: str
+    directory: Path, model: PreTrainedModel, tokenizer: QWenTokenizer, base: str, trainable: bool = False
 ) -> tuple[PeftModel, QWenTokenizer]:
-    """A loaded model with an adapter on it; the adapter's own tokenizer and generation settings win.
+    """A loaded model with an adapter on it, to be trained on where `trainable`; the adapter's own tokenizer and
+    generation settings win.
 
     Raises:
         QwenError: the adapter is damaged, or of another model than `base`, as the message calls it.
@@ -63,9 +64,9 @@ def load_adapter(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it is leaving
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said by check_adapter_keys
-            adapted = PeftModel.from_pretrained(model, directory, config=config).eval()
+            adapted = PeftModel.from_pretrained(model, directory, config=config, is_trainable=trainable)
             check_adapter_keys(directory, adapted, base)
-            return adapted, tokenizer
+            return adapted.train(trainable), tokenizer
     except QwenError:
         raise
     except pickle.UnpicklingError as error:

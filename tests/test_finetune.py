@@ -25,6 +25,7 @@ from qwen.int4 import Int4Linear
 from training import arguments
 from training.checkpoints import COMPLETE
 from training.progress import StopOnSignal, read_log
+from training.samples import Text
 from training.trainer import QwenTrainer
 from utils import DTYPES, load_model_and_tokenizer
 
@@ -369,6 +370,18 @@ def test_accumulation_packing_and_padding_give_the_same_steps(work: dict[str, st
         assert each == pytest.approx(losses[0], abs=2e-5)
 
 
+def test_half_precision_follows_float32(work: dict[str, str], tmp_path: Path, native_bf16: bool) -> None:
+    """All weights, and an adapter: the losses differ by less than 1% of the first, on both kinds of processor."""
+    for lora in (True, False):
+        logs = []
+        for way in ("fp32", "bf16"):
+            flags = {"use_lora": lora, "max_steps": 20, "learning_rate": "1e-2" if lora else "1e-3", way: True}
+            logs.append([record["loss"] for record in train(work, **flags, output_dir=tmp_path / f"{way}{lora}")[1]])
+        expected, losses = logs
+        assert expected[-1] < 0.5 * expected[0]
+        assert losses == pytest.approx(expected, abs=0.01 * expected[0])
+
+
 def test_evaluation_loss_is_that_of_all_tokens(work: dict[str, str], base: Path, data: Path, native_bf16: bool) -> None:
     output, _ = train(work, eval_data_path=data, use_lora=True, per_device_eval_batch_size=3)
     evaluated = read_log(output / "log.jsonl")[-1]["eval_loss"]
@@ -433,7 +446,10 @@ def test_loss_that_is_no_number_stops_the_run(work: dict[str, str], monkeypatch:
         ({"push_to_hub": True}, "--push_to_hub: "),
         ({"stage": "pt"}, "this is one for --stage sft"),
         ({"stage": "pt", "lazy_preprocess": True}, "--packing needs all lengths"),
-        ({"stage": "dpo"}, "--stage.*: invalid choice: 'dpo'"),
+        ({"stage": "dpo"}, "this is one for --stage sft"),
+        ({"stage": "dpo", "packing": True}, "--packing is for --stage sft and pt"),
+        ({"stage": "kto", "per_device_train_batch_size": 1}, "--per_device_train_batch_size 2 or more"),
+        ({"stage": "rm", "use_lora": True, "modules_to_save": "lm_head"}, "can't train lm_head"),
         ({"modules_to_save": "lm_head"}, "add --use_lora True"),
         ({"use_lora": True, "modules_to_save": "embed"}, "--modules_to_save embed: this model has no such layer"),
         ({"use_lora": True, "lora_target_modules": "c_attn,q_proj"}, "--lora_target_modules q_proj: this model has no"),
@@ -501,10 +517,98 @@ def test_layers_by_name_list_and_pattern(work: dict[str, str], targets: str, ada
     logits(output)
 
 
-def test_an_adapter_is_no_base(work: dict[str, str], tmp_path: Path) -> None:
+def test_weights_of_data_are_obeyed_and_said(
+    work: dict[str, str], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(work, use_lora=True, data_path=f"{data} {data}", data_weights="2 0.5", val_size=5, max_steps=1)
+    printed = capsys.readouterr().err
+    assert "16 samples taken out of 8" in printed and "4 samples taken out of 8" in printed
+    assert "5 samples: 5 used whole" in printed
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    """Neither another copy of it, nor another conversation out of the same row."""
+    samples = [Text(f"{row} {part}", f"a:{row}") for _ in range(3) for row in range(10) for part in range(2)]
+    trained, evaluated = finetune.hold_out(samples, 0.3, 0)
+    assert len(evaluated) == len(set(evaluated)) == 6 and len(trained) == 42
+    assert not {each.where for each in trained} & {each.where for each in evaluated}
+
+
+def test_only_the_last_layers_are_trained(work: dict[str, str], base: Path, tmp_path: Path) -> None:
+    before = load_file(base / "model.safetensors")
+    output, log = train(work, trainable_layers=1, learning_rate="1e-3", fp32=True)
+    after = load_file(output / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert log[-1]["loss"] < log[0]["loss"] and any(name.startswith("transformer.h.2.") for name in changed)
+    assert all(name.startswith(("transformer.h.2.", "transformer.ln_f.", "lm_head.")) for name in changed)
+    output, log = train(work, trainable_layers=2, use_lora=True, output_dir=tmp_path / "lora")
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert {name.split(".h.")[1][0] for name in weights_of(output)} == {"1", "2"}
+    logits(output)
+    with pytest.raises(QwenError, match="--trainable_layers 9: this model has 3"):
+        train(work, trainable_layers=9, output_dir=tmp_path / "none")
+
+
+def test_lora_plus_moves_b_faster(work: dict[str, str], tmp_path: Path) -> None:
+    """After one step of Adam, which is as long as the rate, B has gone 16 times as far as without."""
+    flags = {"use_lora": True, "max_steps": 1, "warmup_steps": 0, "learning_rate": "1e-4", "fp32": True,
+             "weight_decay": 0}  # fmt: skip
+    plain, _ = train(work, **flags)
+    faster, log = train(work, **flags, loraplus_lr_ratio=16, output_dir=tmp_path / "plus")
+    for name, tensor in weights_of(faster).items():
+        other = weights_of(plain)[name]
+        torch.testing.assert_close(tensor, 16 * other if "lora_B" in name else other, atol=1e-6, rtol=1e-3)
+    with pytest.raises(QwenError, match="--loraplus_lr_ratio belongs to adapters"):
+        train(work, loraplus_lr_ratio=16, output_dir=tmp_path / "full")
+
+
+def test_noise_on_embeddings_is_for_training_alone(work: dict[str, str], data: Path, tmp_path: Path) -> None:
+    """NEFTune: other training losses, an evaluation loss of the saved model without noise, and no trace in it."""
+    flags = {"use_lora": True, "max_steps": 3, "eval_data_path": data, "fp32": True}
+    _, expected = train(work, **flags)
+    output, log = train(work, **flags, neftune_noise_alpha=5, output_dir=tmp_path / "noisy")
+    assert log[0]["loss"] != expected[0]["loss"]
+    flags |= {"model_name_or_path": output, "learning_rate": "1e-9", "max_steps": 1, "output_dir": tmp_path / "again"}
+    train(work, **flags)
+    [first, again] = [[r for r in read_log(path / "log.jsonl") if "eval_loss" in r][-1] for path in
+                      (output, tmp_path / "again")]  # fmt: skip
+    assert again["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-4)
+
+
+def test_an_adapter_is_trained_on_or_merged_first(work: dict[str, str], base: Path, tmp_path: Path) -> None:
+    flags = {"max_steps": 6, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    first, log = train(work, use_lora=True, **flags)
+    second = work | {"model_name_or_path": str(first), "output_dir": str(tmp_path / "second")}
+    second.pop("lora_r")  # the adapter's own
+    output, more = train(second, use_lora=True, **flags)
+    assert more[0]["loss"] < log[-1]["loss"] and more[-1]["loss"] < more[0]["loss"]
+    settings = json.loads((output / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["r"]) == (str(base), 4)
+    assert not torch.equal(logits(output), logits(first))
+    whole, full = train(second, output_dir=tmp_path / "whole", **flags | {"learning_rate": "1e-4"})
+    assert full[0]["loss"] == pytest.approx(more[0]["loss"], rel=1e-4) and full[-1]["loss"] < full[0]["loss"]
+    assert (whole / "model.safetensors").is_file() and not (whole / "adapter_config.json").exists()
+    with pytest.raises(QwenError, match="--lora_r 8: the adapter to train on has 4; leave the flag out, or merge"):
+        train(second, use_lora=True, lora_r=8, output_dir=tmp_path / "other")
+    with pytest.raises(QwenError, match="is the model to be trained, which would be lost"):
+        train(second, use_lora=True, output_dir=first)
+    with pytest.raises(QwenError, match="is the model to be trained, which would be lost"):
+        train(second, output_dir=base)
+
+
+def test_resumed_with_another_rate_it_takes_effect(work: dict[str, str], tmp_path: Path) -> None:
+    flags = {"use_lora": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "warmup_steps": 0}
+    train(work, **flags, lr_scheduler_type="constant")
+    shutil.rmtree(Path(work["output_dir"]) / "checkpoint-4")
+    again = flags | {"resume_from_checkpoint": True, "learning_rate": "1e-3", "lr_scheduler_type": "linear"}
+    with pytest.raises(QwenError, match="another learning_rate .*; --new_learning_rate True goes on with another rate"):
+        train(work, **again)
+    _, log = train(work, **again, new_learning_rate=True)
+    assert [record["learning_rate"] for record in log] == pytest.approx([1e-2, 1e-2, 5e-4, 2.5e-4])
+
+
+def test_what_is_no_adapter_is_not_merged(work: dict[str, str], tmp_path: Path) -> None:
     output, _ = train(work, use_lora=True, max_steps=1)
-    with pytest.raises(QwenError, match="is an adapter: merge it"):
-        train(work, model_name_or_path=output, use_lora=True, output_dir=tmp_path / "second")
     with pytest.raises(QwenError, match="exists and is not empty"):
         merge_lora.main(["-c", str(output), "-o", str(tmp_path)])
     (tmp_path / "damaged").mkdir()
@@ -533,7 +637,7 @@ def test_flags_of_older_scripts_are_understood(work: dict[str, str]) -> None:
 def test_commands_of_the_manual_parse() -> None:
     text = (finetune.ROOT / "finetune" / "README.md").read_text(encoding="utf-8")
     flags = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python finetune.py -")]
-    assert len(flags) == 2 and all(finetune.parse_args(each) for each in flags)
+    assert len(flags) == 4 and all(finetune.parse_args(each) for each in flags)
     launched = re.findall(r"^finetune/(\S+) (.*?)(?: -- (.*))?$", text, re.MULTILINE)
     assert launched and all((finetune.ROOT / "finetune" / name).is_file() for name, _, _ in launched)
     assert all(finetune.parse_args(["-d", "a", *shlex.split(more)]) for _, _, more in launched)

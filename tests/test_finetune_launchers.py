@@ -69,6 +69,21 @@ def test_fsdp_launcher_starts_two_processes(tmp_path: Path, one_sample: Path) ->
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
+def test_evaluation_loss_is_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
+    """Of 15 samples, in batches that no number of processes here divides evenly, padded or not."""
+    flags = ["--val_size", "15", "--max_steps", "1", "--learning_rate", "1e-9", "--seed", "3"]
+    single, losses = [*LORA, "-d", str(SAMPLES), *SHORT, *flags], []
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *single[1:]]
+    for number, command in enumerate((
+        [*single, "--per_device_eval_batch_size", "15"], [*single, "--per_device_eval_batch_size", "4", "--padding",
+         "True"], [*several, "--per_device_eval_batch_size", "4"], [*several, "--per_device_eval_batch_size", "1"],
+    )):  # fmt: skip
+        output = tmp_path / str(number)
+        subprocess.run([*command, "--output_dir", str(output)], env=environment(), check=True)
+        losses.append(read_log(output / "log.jsonl")[-1]["eval_loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["finetune_lora_ds.sh", "finetune_qlora_ds.sh", "finetune_ds.sh"])
 def test_deepspeed_steps_saves_and_resumes(tmp_path: Path, int4: Path, name: str) -> None:
     """ZeRO-2 with adapters, ZeRO-3 with all weights: the losses of one process, before and after a restart."""

@@ -9,15 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
 import finetune
 from qwen import QwenError, QWenTokenizer
 from qwen.chatml import encode_messages
 from qwen.loss import IGNORED
 from qwen.tools import read_tool, render_messages
-from training.data import LazyDataset, PackedDataset, PaddingCollator, collate, pack, tokenize
+from training.data import (
+    EvenDataset,
+    LazyDataset,
+    PackedDataset,
+    PaddingCollator,
+    TokenDataset,
+    collate,
+    pack,
+    tokenize,
+)
 from training.forms import read_sample
 from training.masks import LOSS_ON, encode_conversation
 from training.read import read_conversations
@@ -297,6 +308,23 @@ def test_batches_hold_the_samples_unpadded(tokenizer: QWenTokenizer) -> None:
         assert torch.equal(row[: len(item["input_ids"])], item["input_ids"])
 
 
+@pytest.mark.parametrize(("samples", "batch", "processes"), [(5, 2, 2), (7, 2, 3), (1, 4, 2), (8, 2, 2), (3, 1, 4)])
+def test_all_processes_together_evaluate_each_sample_once(samples: int, batch: int, processes: int) -> None:
+    """Shared out by accelerate, which fills the last round up."""
+    dataset = TokenDataset()
+    for i in range(samples):
+        dataset.append([0, i + 1, i + 1], [IGNORED, i + 1, i + 1])
+    even = EvenDataset(dataset, batch * processes)
+    sampler = BatchSampler(range(len(even)), batch, drop_last=False)
+    rounds, seen = set(), []
+    for process in range(processes):
+        batches = [collate([even[i] for i in indices]) for indices in BatchSamplerShard(sampler, processes, process)]
+        rounds.add(len(batches))
+        seen += [i for each in batches for i in each["labels"].flatten().tolist() if i != IGNORED]
+    assert len(rounds) == 1  # nobody waits for another
+    assert sorted(seen) == [i + 1 for i in range(samples) for _ in range(2)]
+
+
 @pytest.mark.parametrize("max_length", [24, 32, 40, 64, 128, 512])
 def test_lazy_data_hold_what_can_be_learned_once(tokenizer: QWenTokenizer, max_length: int) -> None:
     """At every length the samples that tokenising all of them keeps, in their order, and a count of the others."""
@@ -323,6 +351,16 @@ def test_lazy_samples_equal_tokenised_ones(tokenizer: QWenTokenizer) -> None:
         assert all(torch.equal(torch.as_tensor(lazy[i][k]), torch.as_tensor(eager[i][k])) for k in eager[i])
     with pytest.raises(QwenError, match="raise --model_max_length"):
         LazyDataset(conversations, tokenizer, 16, "assistant")
+
+
+def test_data_are_mixed_by_weights() -> None:
+    samples = list(range(100))
+    twice = finetune.repeat(samples, 2.25, 1)
+    assert len(twice) == 225 and all(2 <= twice.count(i) <= 3 for i in samples)
+    tenth = finetune.repeat(samples, 0.1, 1)
+    assert len(set(tenth)) == 10 and tenth == finetune.repeat(samples, 0.1, 1) != finetune.repeat(samples, 0.1, 2)
+    with pytest.raises(QwenError, match="--data_weights has 1 numbers, and --data_path 2 names: give one for each"):
+        finetune.parse_args(["-d", "a", "b", "--data_weights", "1"])
 
 
 # ---- the report ----

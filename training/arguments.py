@@ -26,7 +26,13 @@ from .early import check_libraries
 from .masks import LOSS_ON
 
 LORA_RATE, FULL_RATE = 3e-4, 1e-5  # what the publisher trained with
-STAGES = ("sft", "pt")
+STAGES = {
+    "sft": "learn the replies of conversations", "pt": "go on with pre-training, on plain text in full rows",
+    "dpo": "learn to prefer chosen replies to rejected ones", "kto": "learn from replies labelled good or bad",
+    "rm": "a reward model, which scores replies",
+}  # fmt: skip
+PREFERENCES = ("dpo", "kto", "rm")  # trained with TRL
+RATES = {"dpo": (1e-5, 1e-6), "kto": (1e-5, 1e-6), "rm": (1e-4, 1e-5)}  # of adapters and all weights, as TRL advises
 LAYERS = ("c_attn", "c_proj", "w1", "w2")
 OTHER_LAYERS = ("wte", "lm_head", "ln_1", "ln_2", "ln_f")
 # Names of older transformers, which scripts from that time pass.
@@ -67,9 +73,12 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = option([], "Training data: files, folders, patterns, names of the hub.", "-d")
+    data_weights: list[float] = option(
+        [], "How often the samples of each --data_path are taken: 2 takes all twice, 0.1 a tenth of them, by the seed."
+    )
     stage: str = option(
-        "sft", "sft: learn the replies of conversations; pt: go on with pre-training, on plain text in full rows.",
-        choices=STAGES,
+        "sft", "What to learn from the data. " + "; ".join(f"{name}: {text}" for name, text in STAGES.items()) + ".",
+        choices=list(STAGES),
     )  # fmt: skip
     eval_data_path: list[str] = option([], "Data to measure the loss on, as --data_path; with --eval_strategy.")
     val_size: float = option(0.0, "Samples to take out of the training data for that: a share below 1, or a number.")
@@ -89,6 +98,14 @@ class DataArguments:
 
 
 @dataclass
+class PreferenceArguments:
+    beta: float = option(0.1, "DPO and KTO: how strongly the model is held to what it was.")
+    loss_type: str | None = option(None, "DPO and KTO: another loss of TRL's, such as ipo, hinge, robust, apo_zero.")
+    desirable_weight: float = option(1.0, "KTO: weight of good replies.")
+    undesirable_weight: float = option(1.0, "KTO: weight of bad replies.")
+
+
+@dataclass
 class LoraArguments:
     use_lora: bool = option(False, "Train an adapter (LoRA) in place of all weights.")
     q_lora: bool = option(False, "LoRA over 4-bit weights: of a GPTQ checkpoint, or made with bitsandbytes (nf4).")
@@ -103,6 +120,9 @@ class LoraArguments:
                             choices=["none", "all", "lora_only"])  # fmt: skip
     use_dora: bool = option(False, "DoRA: adapt magnitude and direction apart.")
     use_rslora: bool = option(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r).")
+    trainable_layers: int | None = option(
+        None, "Train only so many of the last layers (and without --use_lora norm and head behind them)."
+    )
     train_embeddings: bool = option(
         False, "Also train embedding and head whole (1.24 B parameters of Qwen-7B): for a base model to learn ChatML."
     )
@@ -126,6 +146,12 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_steps: float = option(1, "Steps between two lines of the log.")
     early_stopping_patience: int | None = option(
         None, "Stop when the evaluation loss has not fallen so many times; with --load_best_model_at_end."
+    )
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: how many times faster the B matrices of an adapter learn than A; the paper's advice is 16."
+    )
+    new_learning_rate: bool = option(
+        False, "When resuming, go on with the given learning rate and schedule in place of the checkpoint's."
     )
     logging_nan_inf_filter: bool = option(False, "Leave NaN out of the logged loss; training stops at NaN otherwise.")
     remove_unused_columns: bool = option(False, "Not used: the batches hold what the model reads.")
@@ -161,7 +187,11 @@ class TrainingArguments(transformers.TrainingArguments):
 
     @property
     def precision(self) -> str:
-        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+        return precision(self)
+
+
+def precision(training: transformers.TrainingArguments) -> str:
+    return "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
 
 
 @dataclass
@@ -169,7 +199,9 @@ class Settings:
     model: ModelArguments
     data: DataArguments
     lora: LoraArguments
+    preference: PreferenceArguments
     training: TrainingArguments
+    given: set[str] = field(default_factory=set)  # names of the flags on the command line
 
 
 class ArgumentParser(HfArgumentParser):
@@ -179,7 +211,7 @@ class ArgumentParser(HfArgumentParser):
 
 def parse_settings(argv: list[str], description: str) -> Settings:
     """Parse and check the command line; QwenError for whatever can't work."""
-    groups = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
+    groups = (ModelArguments, DataArguments, LoraArguments, PreferenceArguments, TrainingArguments)
     parser = ArgumentParser(groups, description=description, allow_abbrev=False)
     argv = without_gone([renamed(argument) for argument in argv])
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -187,11 +219,13 @@ def parse_settings(argv: list[str], description: str) -> Settings:
         known = [flag for action in parser._actions for flag in action.option_strings]
         like = difflib.get_close_matches(unknown[0], known, n=1)
         raise QwenError(f"{unknown[0]} is no flag{f': did you mean {like[0]}?' if like else '; --help shows all'}")
-    settings = Settings(*parsed)
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    settings = Settings(*parsed, given)
     settings.lora.use_lora |= settings.lora.q_lora
     settings.data.packing |= settings.data.stage == "pt" and not settings.data.padding
     if settings.training.learning_rate is None:
-        settings.training.learning_rate = LORA_RATE if settings.lora.use_lora else FULL_RATE
+        rates = RATES.get(settings.data.stage, (LORA_RATE, FULL_RATE))
+        settings.training.learning_rate = rates[0 if settings.lora.use_lora else 1]
     if settings.data.check_data is None:
         check_settings(settings)
     return settings
@@ -225,6 +259,13 @@ def check_settings(settings: Settings) -> None:
     data, lora, training = settings.data, settings.lora, settings.training
     if not data.data_path:
         raise QwenError("--data_path is missing: give a file of conversations; finetune/sample.jsonl is one")
+    if data.data_weights and len(data.data_weights) != len(data.data_path):
+        raise QwenError(
+            f"--data_weights has {len(data.data_weights)} numbers, and --data_path {len(data.data_path)} names: give "
+            "one for each"
+        )
+    if any(weight <= 0 for weight in data.data_weights):
+        raise QwenError("--data_weights must be above 0: leave data out of --data_path that are not to be used")
     if data.model_max_length < 16:
         raise QwenError(f"--model_max_length {data.model_max_length}: a sample of a question and a reply takes more")
     if data.packing and data.lazy_preprocess:
@@ -234,11 +275,14 @@ def check_settings(settings: Settings) -> None:
     if data.padding and settings.model.attn == PACKED:
         settings.model.attn = "sdpa"
     check_evaluation(data, training)
+    if data.stage in PREFERENCES:
+        check_preference(settings)
     lora.lora_target_modules = check_targets(lora)
     if not lora.use_lora and (lora.use_dora or lora.use_rslora or lora.train_embeddings or lora.modules_to_save):
         raise QwenError(
             "--use_dora, --use_rslora, --train_embeddings and --modules_to_save belong to adapters: add --use_lora True"
         )
+    check_methods(lora, training)
     if lora.use_lora and (lora.lora_r < 1 or lora.lora_alpha <= 0 or not lora.lora_target_modules):
         raise QwenError("--lora_r and --lora_alpha must be above 0, and --lora_target_modules not empty")
     if training.learning_rate <= 0:
@@ -250,6 +294,19 @@ def check_settings(settings: Settings) -> None:
     if lora.q_lora and is_sharded(training):
         raise QwenError("4-bit weights can't be split over GPUs: Q-LoRA runs with ZeRO-2 or on one GPU")
     check_libraries(training)
+
+
+def check_methods(lora: LoraArguments, training: TrainingArguments) -> None:
+    """QwenError for ways to train that don't go together."""
+    if training.loraplus_lr_ratio is not None:
+        if not lora.use_lora or training.deepspeed:
+            raise QwenError("--loraplus_lr_ratio belongs to adapters, without DeepSpeed: add --use_lora True")
+        if training.loraplus_lr_ratio < 1:
+            raise QwenError(f"--loraplus_lr_ratio {training.loraplus_lr_ratio}: must be 1 or more; 16 is usual")
+    if lora.trainable_layers is not None and (lora.trainable_layers < 1 or is_pattern(lora.lora_target_modules[0])):
+        raise QwenError(
+            f"--trainable_layers {lora.trainable_layers}: give 1 or more, and layers by their names, not by a pattern"
+        )
 
 
 def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
@@ -270,6 +327,26 @@ def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
                 "--early_stopping_patience needs --eval_strategy and --save_strategy of the same steps, and "
                 "--load_best_model_at_end True: what is kept is the best model, not the last"
             )
+
+
+def check_preference(settings: Settings) -> None:
+    """QwenError for what TRL's trainers don't take."""
+    data, lora, training = settings.data, settings.lora, settings.training
+    if find_spec("trl") is None:
+        raise QwenError(f"--stage {data.stage} needs the package trl: pip install -r requirements_finetune.txt")
+    flags = {
+        "packing": data.packing,
+        "lazy_preprocess": data.lazy_preprocess,
+        "train_embeddings": lora.train_embeddings,
+    }
+    if wrong := next((name for name, given in flags.items() if given), None):
+        raise QwenError(f"--{wrong} is for --stage sft and pt: preferences are read in pairs; leave it out")
+    if data.stage == "kto" and min(training.per_device_train_batch_size, training.per_device_eval_batch_size) < 2:
+        raise QwenError("--stage kto compares the replies of a batch: give --per_device_train_batch_size 2 or more")
+    if "lm_head" in lora.lora_target_modules or "lm_head" in lora.modules_to_save:
+        raise QwenError(f"--stage {data.stage} can't train lm_head: leave it out of the layers")
+    if settings.model.attn == PACKED:
+        settings.model.attn = "sdpa"  # pairs are padded
 
 
 def check_targets(lora: LoraArguments) -> list[str]:

@@ -11,6 +11,7 @@ from qwen.checkpoint import list_weight_files, read_json
 from qwen.errors import QwenError
 
 COMPLETE = "complete.json"  # written when everything else is; a checkpoint without it was interrupted
+RATE = ("learning_rate", "lr_scheduler_type")
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -67,14 +68,20 @@ def find_resumable(output: Path, resume: str | None) -> Path | None:
     return checkpoint
 
 
-def check_same_run(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """QwenError if a run with these facts would not go on where the checkpoint's stopped."""
+def check_same_run(checkpoint: Path, facts: dict[str, Any], new_rate: bool = False) -> None:
+    """QwenError if a run with these facts would not go on where the checkpoint's stopped; the learning rate and its
+    schedule may differ where a new rate is asked for."""
     saved = read_json(checkpoint / COMPLETE)
     differing = [name for name, value in facts.items() if name in saved and saved[name] != value]
+    rate = set(differing) & set(RATE)
+    if new_rate:
+        differing = [name for name in differing if name not in RATE]
     if differing:
         listed = ", another ".join(f"{name} ({saved[name]}, now {facts[name]})" for name in differing)
+        allowed = "; --new_learning_rate True goes on with another rate" if rate else ""
         raise QwenError(
-            f"{checkpoint} was written with another {listed}: take the same, or start anew in another --output_dir"
+            f"{checkpoint} was written with another {listed}: take the same, or start anew in another "
+            f"--output_dir{allowed}"
         )
     check_state(checkpoint)
 
@@ -95,10 +102,10 @@ def check_state(checkpoint: Path) -> None:
             raise QwenError(f"{checkpoint} lacks {what}: {instead}")
 
 
-def identify_base(directory: Path) -> str:
-    """The same for the same weights: sizes of the weight files and 64 pieces of each."""
+def identify_base(directory: Path, adapter: Path | None = None) -> str:
+    """The same for the same weights, an adapter's included: sizes of the weight files and 64 pieces of each."""
     digest = hashlib.sha256()
-    for path in list_weight_files(directory):
+    for path in [*list_weight_files(directory), *sorted(adapter.glob("adapter_model.*") if adapter else [])]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

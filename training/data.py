@@ -126,6 +126,27 @@ class PackedDataset(Dataset):
         return f"{self.samples.fingerprint()}-{len(self.packs)}"
 
 
+class EvenDataset(Dataset):
+    """A dataset of whole rounds of batches: blanks, which carry no loss, stand at its end.
+
+    Without them accelerate would fill the last round with samples from the beginning, and the evaluation loss would
+    count those twice, differently with every number of processes.
+    """
+
+    def __init__(self, dataset: Dataset, round_size: int) -> None:
+        self.dataset = dataset
+        self.length = -(-len(dataset) // round_size) * round_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        item = self.dataset[0]
+        return item | {"labels": torch.full_like(item["labels"], IGNORED)}
+
+
 def tokenize(
     conversations: list[Conversation | Text],
     tokenizer: QWenTokenizer,

@@ -18,17 +18,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from profiling.measure import peak_bytes
 from qwen.errors import QwenError
 
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, precision
 from .speed import peak_flops, training_flops
-from .trainer import QwenTrainer
+from .trainer import CheckpointedTrainer
 
 LOG, CURVE = "log.jsonl", "loss.png"
+RANKED = ("rewards/accuracies", "accuracy")  # TRL's names: of DPO, of a reward model
 
 
 class Progress(TrainerCallback):
     """Bar, log and figures of speed; on the first process alone, but counted over all."""
 
-    def __init__(self, trainer: QwenTrainer) -> None:
+    def __init__(self, trainer: CheckpointedTrainer) -> None:
         self.trainer = trainer
         self.path = Path(trainer.args.output_dir) / LOG
         self.records: list[dict[str, float]] = []
@@ -87,7 +88,7 @@ class Progress(TrainerCallback):
             "supervised_tokens_per_s": round(supervised / seconds, 1),
             "peak_gib": round(peak_bytes(device) / 2**30, 2),
         }
-        if peak := peak_flops(device, trainer.args.precision):
+        if peak := peak_flops(device, precision(trainer.args)):
             flops = training_flops(trainer.model, trainer.accelerator.unwrap_model(trainer.model).config, tokens,
                                    supervised, pairs)  # fmt: skip
             figures["mfu"] = round(flops / seconds / peak / trainer.args.world_size, 4)
@@ -110,6 +111,15 @@ class Progress(TrainerCallback):
             ("steps", f"{self.trainer.state.global_step}"),
             ("loss, first and last", f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "–"),
             ("evaluation loss", f"{evaluated[-1]:.4f}" if evaluated else "–"),
+            *(
+                (f"share of pairs ranked rightly, {place}", f"{ranked[-1]:.1%}")
+                for place, prefix in (("training", ""), ("evaluation", "eval_"))
+                if (
+                    ranked := [
+                        record[prefix + name] for record in self.records for name in RANKED if prefix + name in record
+                    ]
+                )
+            ),
             ("tokens trained on in this run", f"{tokens:,.0f} ({supervised:,.0f} with loss)"),
             ("tokens/s", f"{tokens / seconds:,.0f} ({supervised / seconds:,.0f} with loss)" if seconds else "–"),
             ("share of the hardware's peak (MFU)", f"{sum(shares) / len(shares):.1%}" if shares else "–"),

@@ -2,18 +2,20 @@
 
 import glob
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-from qwen.errors import QwenError
+from qwen.errors import QwenError, first_line
 
 from .forms import read_sample
 from .readers import Rows, columns, find_reader, json_text
 from .samples import BadSample, Conversation, Notes, Sample
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", re.ASCII)  # owner/name, and a configuration where it has several
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Source:
             yield from columns.read_hub(self.name, self.split)
         else:
             for file in find_files(self.name):
-                yield from (find_reader(file) or json_text.read)(file, self.encoding)
+                try:
+                    yield from (find_reader(file) or json_text.read)(file, self.encoding)
+                except (EOFError, OSError, LZMAError, zlib.error) as error:  # of a packed file, after its beginning
+                    raise QwenError(f"{file} breaks off or is damaged ({first_line(error)}): copy it again") from None
 
     def samples(self, notes: Notes) -> Iterator[Sample]:
         """All samples that are good; what is wrong with the others goes into the notes."""

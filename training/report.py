@@ -9,32 +9,34 @@ from qwen import QWenTokenizer
 
 from .arguments import DataArguments
 from .data import TokenDataset, pack
-from .samples import Conversation, Notes, Text
+from .preference import PreferenceDataset
+from .samples import Conversation, Notes, Sample
 
 FATES = {  # what becomes of samples, in the order of a report
     "whole": "used whole",
     "split": "pieces of longer texts",
     "cut": "cut after the last reply that fits",
     "too long": "dropped: the first reply does not fit",
+    "too long to judge": "dropped: a reply does not fit",
     "no reply": "dropped: no reply to learn from",
 }
-GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
+GREEN, RED, DIM, RESET = "\033[32m", "\033[31m", "\033[2m", "\033[0m"
 BAR = 40
 SHOWN_TOKENS = 400
 
 
-def describe_dataset(samples: TokenDataset) -> str:
+def describe_dataset(samples: TokenDataset | PreferenceDataset) -> str:
     """One line: how many samples are used, cut and dropped, and how much loss they carry."""
     parts = [f"{samples.fates[fate]:,} {text}" for fate, text in FATES.items() if samples.fates[fate]]
-    share = (
-        f"; {len(samples.ids):,} tokens, {samples.supervised / len(samples.ids):.0%} with loss" if samples.ids else ""
-    )
+    share = ""
+    if isinstance(samples, TokenDataset) and samples.ids:
+        share = f"; {len(samples.ids):,} tokens, {samples.supervised / len(samples.ids):.0%} with loss"
     return f"{sum(samples.fates.values()):,} samples: {', '.join(parts)}{share}"
 
 
 def print_report(
-    path: str, conversations: Sequence[Conversation | Text], samples: TokenDataset, tokenizer: QWenTokenizer,
-    data: DataArguments, notes: Notes,
+    path: str, conversations: Sequence[Sample], samples: TokenDataset | PreferenceDataset,
+    tokenizer: QWenTokenizer, data: DataArguments, notes: Notes,
 ) -> None:  # fmt: skip
     """Print the whole report on one file."""
     print(f"{path}: {describe_dataset(samples)}")
@@ -42,6 +44,9 @@ def print_report(
         print(f"{notes.bad:,} of {notes.samples:,} samples are bad:\n{notes.list_faults()}")
     if notes.remarks:
         print(notes.list_remarks())
+    if isinstance(samples, PreferenceDataset):
+        print_preferences(samples, tokenizer)
+        return
     chats = [each for each in conversations if isinstance(each, Conversation)]
     if len(chats) < len(conversations):
         print(f"{len(conversations) - len(chats):,} plain texts: every token carries loss, without ChatML")
@@ -64,6 +69,20 @@ def print_report(
           f"{'green' if use_colour() else 'in [[ ]]'}):\n")  # fmt: skip
     item = samples[0]
     print(show_labels(tokenizer, item["input_ids"].tolist(), item["labels"].tolist(), use_colour()))
+
+
+def print_preferences(samples: PreferenceDataset, tokenizer: QWenTokenizer) -> None:
+    """Lengths, and the replies of the first sample after its prompt: good in green or [[ ]], bad in red or (( ))."""
+    colours = ("green", "red") if use_colour() else ("in [[ ]]", "in (( ))")
+    print(f"\n{histogram(samples.lengths)}\n\nThe first sample, good replies {colours[0]}, bad ones {colours[1]}:\n")
+    row = samples.rows[0]
+    if prompt := row.get("prompt_ids"):
+        print(tokenizer.decode(prompt))
+    for name in ("chosen_ids", "completion_ids", "rejected_ids"):
+        if name in row:
+            good = name == "chosen_ids" or row.get("label", False)
+            marks = ((GREEN if good else RED), RESET) if use_colour() else ("[[", "]]") if good else ("((", "))")
+            print(f"{marks[0]}{tokenizer.decode(row[name])}{marks[1]}")
 
 
 def histogram(lengths: Sequence[int], rows: int = 10) -> str:

@@ -32,7 +32,10 @@ class Work:
             lengths = batch["sequence_lengths"]
         self.tokens += sum(lengths)
         self.pairs += sum(length * length for length in lengths) // 2
-        self.supervised = self.supervised + (batch["labels"] != IGNORED).sum()
+        if "labels" in batch:
+            self.supervised = self.supervised + (batch["labels"] != IGNORED).sum()
+        elif "completion_mask" in batch:  # of a preference
+            self.supervised = self.supervised + batch["completion_mask"].sum()
 
     def totals(self, accelerator: Any) -> tuple[float, float, float]:
         """Tokens, supervised tokens and pairs of all processes."""

@@ -16,7 +16,6 @@ FORMS: dict[str, tuple[ModuleType, ...]] = {  # by stage
     "rm": (preference,),
     "kto": (verdict,),
 }
-TRAINED = ("sft", "pt")
 
 
 def read_sample(row: Any, where: str, stage: str, notes: Notes, ignored: Collection[str] = ()) -> list[Sample]:
@@ -36,8 +35,7 @@ def read_sample(row: Any, where: str, stage: str, notes: Notes, ignored: Collect
     refuse_fields(row, ("label", "kto_tag") if stage == "kto" else ("chosen",) if stage in ("dpo", "rm") else ())
     for other, forms in FORMS.items():
         if any(form.matches(row) for form in forms):
-            use = f"for --stage {other}" if other in TRAINED else f"of {other}, which finetune.py does not train on"
-            raise BadSample(f"a sample is {expected(stage)}; this is one {use} (it has {keys(row)})",
+            raise BadSample(f"a sample is {expected(stage)}; this is one for --stage {other} (it has {keys(row)})",
                             "samples of another stage")  # fmt: skip
     raise BadSample(f"a sample is {expected(stage)}; this has {keys(row)} (--columns gives columns their names)",
                     "samples of an unknown form")  # fmt: skip

@@ -51,13 +51,13 @@ def refuse_fields(sample: Mapping[str, Any], allowed: Collection[str] = ()) -> N
                             "out", "pictures, sound or video")  # fmt: skip
     for name in AVOIDED:
         if name not in allowed and sample.get(name) not in (None, "", [], {}):
-            raise BadSample(f'"{name}" belongs to preferences, which finetune.py does not train on: give the chosen '
-                            "reply as a conversation, or name the field in --ignore_fields", "preferences")  # fmt: skip
+            raise BadSample(f'"{name}" belongs to preferences: use --stage dpo, or give the chosen reply '
+                            "as a conversation, or name the field in --ignore_fields", "preferences")  # fmt: skip
     for name in LABELS:
         value = sample.get(name)
         if name not in allowed and value is not None and VALUES.get(str(value).strip().lower()) is not None:
-            raise BadSample(f'"{name}" says whether a reply is good, and bad ones are not imitated: leave those '
-                            "samples out, or name the field in --ignore_fields",
+            raise BadSample(f'"{name}" says whether a reply is good, and bad ones are not imitated: train with --stage '
+                            "kto, or leave those samples out, or name the field in --ignore_fields",
                             "labels of good and bad replies")  # fmt: skip
 
 

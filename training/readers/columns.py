@@ -43,8 +43,11 @@ def read_saved(path: Path, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """A data set of the Hugging Face Hub, through its cache; none of its code is executed."""
-    return number_rows(name, lambda datasets: choose_split(datasets.load_dataset(name), split, name))
+    """A data set of the Hugging Face Hub, `owner/name` or `owner/name:configuration`, through its cache; none of its
+    code is executed."""
+    repository, _, config = name.partition(":")
+    return number_rows(name, lambda datasets: choose_split(
+        datasets.load_dataset(repository, config or None), split, name))  # fmt: skip
 
 
 def choose_split(splits: Any, split: str, name: str | Path) -> Any:
@@ -63,6 +66,9 @@ def number_rows(path: Path | str, load: Any) -> Iterator[tuple[str, Any]]:
     except QwenError:
         raise
     except Exception as error:  # pyarrow's, datasets', the hub's and the system's own
-        raise QwenError(
-            f"{path} can't be read ({first_line(error)[:200]}): is it whole, and is its name right?"
-        ) from None
+        reason, advice = first_line(error)[:200], "is it whole, and is its name right?"
+        if "OfflineMode" in reason or isinstance(error, ConnectionError):
+            advice = "it is no file here, and the hub can't be reached; give a path, or go online"
+        elif "Config name is missing" in reason:
+            advice = f"it has several; give one as {path}:CONFIGURATION"
+        raise QwenError(f"{path} can't be read ({reason}): {advice}") from None

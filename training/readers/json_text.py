@@ -17,25 +17,22 @@ BROKEN = "lines that are not JSON"
 
 def read(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     """Each sample after its place; QwenError if the whole is no JSON, or empty."""
-    try:
-        with open_text(path, encoding) as file:
-            number, first = next(((n, line) for n, line in enumerate(file, start=1) if line.strip()), (0, ""))
-            if not first:
-                raise QwenError(f"{path} is empty: expected samples, see finetune/README.md")
-            value = parse_line(first)
-            more = next((line for line in file if line.strip()), None)
-            if not isinstance(value, BadSample) and more is None:
-                yield from split_document(value, path, number)
-                return
-        if isinstance(value, BadSample) and (document := parse_document(path, encoding)) is not None:
-            yield from split_document(document[0], path, number)
+    with open_text(path, encoding) as file:
+        number, first = next(((n, line) for n, line in enumerate(file, start=1) if line.strip()), (0, ""))
+        if not first:
+            raise QwenError(f"{path} is empty: expected samples, see finetune/README.md")
+        value = parse_line(first)
+        more = next((line for line in file if line.strip()), None)
+        if not isinstance(value, BadSample) and more is None:
+            yield from split_document(value, path, number)
             return
-        with open_text(path, encoding) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", parse_line(line)
-    except (EOFError, OSError) as error:
-        raise QwenError(f"{path} can't be read ({error}): copy it again") from None
+    if isinstance(value, BadSample) and (document := parse_document(path, encoding)) is not None:
+        yield from split_document(document[0], path, number)
+        return
+    with open_text(path, encoding) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", parse_line(line)
 
 
 def parse_line(line: str) -> Any:

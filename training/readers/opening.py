@@ -2,12 +2,13 @@
 
 import codecs
 import io
+from importlib import import_module
 from pathlib import Path
 from typing import IO, TextIO
 
 from qwen.errors import QwenError
 
-PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ": "xz"}
+PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
 LIKELY = ["gb18030", "big5", "shift_jis", "euc_kr", "cp1252", "cp1251", "utf_16_le", "utf_16_be"]
@@ -24,13 +25,18 @@ def open_bytes(path: Path) -> IO[bytes]:
         method = next((name for start, name in PACKED.items() if head.startswith(start)), None)
         if method is None:
             return path.open("rb")
-        import fsspec
-
-        return fsspec.open(str(path), "rb", compression=method).open()
+        return import_module(method).open(path, "rb") if method != "zstd" else open_zstd(path)
     except OSError as error:
         raise QwenError(f"{path} can't be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise QwenError(f"{path} is packed with zstd: pip install zstandard, or unpack it ({error})") from None
+
+
+def open_zstd(path: Path) -> IO[bytes]:
+    """A file's bytes, of all its frames; OSError where the last one breaks off."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise QwenError(f"{path} is packed with zstd: pip install pyarrow, or unpack it") from None
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
 
 
 def open_text(path: Path, encoding: str | None, newline: str | None = None) -> TextIO:
@@ -54,11 +60,11 @@ def find_encoding(path: Path) -> str:
     """UTF-8 where a line of it says so, else what the bytes look like most."""
     with open_bytes(path) as file:
         head = file.read(SAMPLE)
-        for mark, name in MARKS.items():
-            if head.startswith(mark):
-                return name
-        foreign = None  # the first lines that are not UTF-8
-        file.seek(0)
+    for mark, name in MARKS.items():
+        if head.startswith(mark):
+            return name
+    foreign = None  # the first lines that are not UTF-8
+    with open_bytes(path) as file:
         for line in file:
             try:
                 line.decode()

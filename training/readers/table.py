@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,7 @@ def read(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
         if head.lower().startswith("sep="):  # Excel's own
             skipped, head = 1, file.readline()
         delimiter = max(DELIMITERS, key=head.count)
-        file.seek(0)
-        for _ in range(skipped):
-            file.readline()
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(chain([head], file), delimiter=delimiter, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
             if len(header) < 1 or not all(header) or len(set(header)) < len(header):
