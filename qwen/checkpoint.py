@@ -5,6 +5,7 @@ Only headers and sizes are read: a truncated 15 GB download is found in millisec
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from .settings import check_settings
 
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference; each may have an index instead
+INDEX = ".index.json"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "optimizer.bin")
 PULL = "run `git lfs install && git lfs pull` in the clone"
 FETCH_AGAIN = "download it again, for example with `hf download Qwen/Qwen-7B-Chat --local-dir DIR`"
 
@@ -142,21 +146,52 @@ def check_weight_files(directory: str | os.PathLike, load_kwargs: dict[str, Any]
 
 def list_weight_files(directory: Path) -> list[Path]:
     """The files that transformers will read: safetensors first, shards by their index."""
-    for name in WEIGHT_FILES:
+    for name in (other,) if (other := other_weights_name(directory)) else WEIGHT_FILES:
         if (directory / name).exists():
-            return [directory / name]
-        index = directory / f"{name}.index.json"
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not shards:
-                raise QwenError(f"{index} names no weight files: {FETCH_AGAIN}")
-            return [directory / shard for shard in sorted(set(shards.values()))]
-    if quantized := sorted(directory.glob("*bit*.safetensors")):
-        raise QwenError(
-            f"{quantized[0]} has AutoGPTQ's name for a weight file: rename it, "
-            f"`mv {quantized[0]} {directory / WEIGHT_FILES[0]}`"
+            return read_index(directory / name) if name.endswith(INDEX) else [directory / name]
+        if (index := directory / f"{name}{INDEX}").exists():
+            return read_index(index)
+    raise QwenError(explain_no_weights(directory))
+
+
+def other_weights_name(directory: Path) -> str | None:
+    """The weight file, or its index, in a directory where it has a name of its own, as AutoGPTQ gives it; else None."""
+    if any((directory / f"{name}{end}").exists() for name in WEIGHT_FILES for end in ("", INDEX)):
+        return None
+    for pattern in (f"*.safetensors{INDEX}", "*.safetensors"):
+        found = [path.name for path in directory.glob(pattern) if not path.name.startswith(("adapter_", "."))]
+        if found:
+            return found[0] if len(found) == 1 and not SHARD.search(found[0]) else None
+    return None
+
+
+def read_index(index: Path) -> list[Path]:
+    """The shards that an index file names."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise QwenError(f"{index} names no weight files: {FETCH_AGAIN}")
+    return [index.parent / shard for shard in sorted(set(shards.values()))]
+
+
+def explain_no_weights(directory: Path) -> str:
+    """What is in a directory in place of weights that can be read, in a sentence."""
+    names = sorted(path.name for path in directory.iterdir())
+    if shards := [name for name in names if SHARD.search(name)]:
+        kind = WEIGHT_FILES["pytorch_model" in shards[0]]
+        return f"{directory} has shards such as {shards[0]}, but no {kind}{INDEX} that lists them: {FETCH_AGAIN}"
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth")) and name not in NO_WEIGHTS]:
+        old, new = directory / pickles[0], directory / WEIGHT_FILES[1]
+        return f"{directory} has no weights under a known name: if they are in {old}, rename it, `mv {old} {new}`"
+    if several := [name for name in names if name.endswith(".safetensors")]:
+        return f"{directory} has {len(several)} weight files and no index ({', '.join(several[:3])}): leave one of them"
+    if found := next((name for name in names if name.endswith(".gguf")), None):
+        return f"{directory / found} is of llama.cpp, which runs it: give a checkpoint in safetensors here"
+    if found := next((name for name in names if name.startswith(("global_step", "pytorch_model_fsdp"))), None):
+        return (
+            f"{directory / found} holds a training's sharded state, not weights: put it together first, with the "
+            "zero_to_fp32.py beside it, or `accelerate merge-weights`"
         )
-    raise QwenError(f"no weights in {directory} (neither {' nor '.join(WEIGHT_FILES)} nor an index): {FETCH_AGAIN}")
+    return f"no weights in {directory} (neither {' nor '.join(WEIGHT_FILES)} nor an index): {FETCH_AGAIN}"
 
 
 def check_weight_file(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .checkpoint import check_model_type, with_quantization
+from .checkpoint import check_model_type, other_weights_name, with_quantization
 from .errors import QwenError
 
 # The `quant_method`, in memory, of GPTQ checkpoints that PyTorch alone can run (int4.py). In config.json it is "gptq",
@@ -140,9 +140,11 @@ class QWenConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, with AutoGPTQ's quantize_config.json where config.json has no such settings."""
+        """As in transformers, with AutoGPTQ's quantize_config.json, and the weights' name where it is unusual."""
+        directory = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return with_quantization(settings, Path(pretrained_model_name_or_path)), kwargs
+        settings = {**settings, "transformers_weights": other_weights_name(directory)}
+        return with_quantization(settings, directory), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -163,6 +165,12 @@ class QWenConfig(PreTrainedConfig):
                 config_dict[name] = int(value)
         return super().from_dict(config_dict, **kwargs)
 
+    def complete(self, directory: str | os.PathLike) -> None:
+        """Add what `get_config_dict` finds in a directory beside config.json, which is all that AutoConfig reads."""
+        self.transformers_weights = other_weights_name(Path(directory))
+        if not getattr(self, "quantization_config", None) and (found := with_quantization({}, Path(directory))):
+            self.quantization_config = QWenConfig(**found).quantization_config
+
     def to_dict(self) -> dict[str, Any]:
         return _with_published_method(super().to_dict())
 
@@ -173,6 +181,7 @@ class QWenConfig(PreTrainedConfig):
         """Write config.json without the `auto_map` it was read with: the code that this names is not saved with it."""
         if self._auto_class is None:  # else transformers itself saves the code, having loaded it from the directory
             vars(self).pop("auto_map", None)
+        vars(self).pop("transformers_weights", None)  # likewise
         super().save_pretrained(save_directory, **kwargs)
 
     @property

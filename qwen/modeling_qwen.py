@@ -9,7 +9,6 @@ prompts longer than the training length, logn scales late queries, and window at
 
 import math
 import os
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -28,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import JointCache, let_grow
 from .chatml import complete_eos_ids
-from .checkpoint import check_loaded_keys, check_weight_files, with_quantization, without_code
+from .checkpoint import check_loaded_keys, check_weight_files, without_code
 from .compiled import CompiledReplies, warm_up
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
@@ -235,10 +234,8 @@ class QWenPreTrainedModel(PreTrainedModel):
         kwargs = without_code(kwargs)
         check_weight_files(pretrained_model_name_or_path, kwargs)
         quantize_cache = kwargs.pop("use_cache_quantization", False)
-        if isinstance(config := kwargs.get("config"), QWenConfig) and not getattr(config, "quantization_config", None):
-            found = with_quantization({}, Path(pretrained_model_name_or_path))  # AutoConfig reads config.json alone
-            if found:
-                config.quantization_config = QWenConfig(**found).quantization_config
+        if isinstance(config := kwargs.get("config"), QWenConfig):
+            config.complete(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         translate_keywords(kwargs, pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
