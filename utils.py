@@ -225,8 +225,8 @@ def load_config(directory: Path) -> QWenConfig:
     """The config of a checkpoint directory; QwenError if a value in it is impossible."""
     try:
         return QWenConfig.from_pretrained(directory)
-    except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:  # transformers' checks
+        reason = " ".join(str(error).split())[:300]
         raise QwenError(f"{directory / 'config.json'} has a value that can't be used: {reason}") from error
 
 
