@@ -32,8 +32,8 @@ GENERATION_FIELDS = (  # settings of generate() that older releases of transform
     "min_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_beams",
     "num_beam_groups", "early_stopping", "diversity_penalty", "num_return_sequences", "bad_words_ids",
     "suppress_tokens", "begin_suppress_tokens", "stop_strings", "forced_bos_token_id", "forced_eos_token_id",
-    "cache_implementation", "output_scores", "output_attentions", "remove_invalid_values", "exponential_decay_length_penalty",
-    "encoder_no_repeat_ngram_size", "renormalize_logits",
+    "cache_implementation", "output_scores", "output_attentions", "remove_invalid_values",
+    "exponential_decay_length_penalty", "encoder_no_repeat_ngram_size", "renormalize_logits",
 )  # fmt: skip
 
 
