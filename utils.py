@@ -26,7 +26,7 @@ from qwen.checkpoint import check_architecture, find_snapshot, read_json
 from qwen.configuration_qwen import DTYPES, torch_reads
 from qwen.cpu import load_kernels
 from qwen.errors import first_line
-from qwen.hardware import computes_bf16, describe_gpu_trouble, hardware
+from qwen.hardware import computes_bf16, describe_gpu_trouble, free_memory, hardware
 from qwen.int4 import check_quantization, describe_kernel, replace_linears
 from tensor_parallel import ParallelQWen, join_processes, leader_first, load_parallel
 
@@ -162,6 +162,8 @@ def load_model_and_tokenizer(
         device = choose_device(device)
         dtype = choose_dtype(device, dtype, plain=tp is None)
         placement = place_on_gpus(config, dtype) if device == "cuda" and tp is None else {"": device}
+    if placement == {"": "cpu"}:
+        check_memory(directory, config, dtype)
     try:
         if tp is not None:
             return load_parallel(directory, config, tp, dtype, attn), tokenizer
@@ -197,7 +199,9 @@ def load_model_for_training(
     """The model of a checkpoint directory in train mode, by default a language model; a reward model has one label.
     `placement` None leaves its place to ZeRO-3 or FSDP."""
     check_loadable(directory)
-    load_config(directory)
+    config = load_config(directory)
+    if placement is not None and str(placement.get("")) == "cpu" and quantization_config is None:
+        check_memory(directory, config, dtype)
     more = {} if quantization_config is None else {"quantization_config": quantization_config}
     more |= {} if kind is QWenLMHeadModel else {"num_labels": 1}
     try:
@@ -216,8 +220,8 @@ def load_config(directory: Path) -> QWenConfig:
     """The config of a checkpoint directory; QwenError if a value in it is impossible."""
     try:
         return QWenConfig.from_pretrained(directory)
-    except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:  # transformers' checks
+        reason = " ".join(str(error).split())[:300]
         raise QwenError(f"{directory / 'config.json'} has a value that can't be used: {reason}") from error
 
 
@@ -341,6 +345,18 @@ def weight_bytes(config: QWenConfig, dtype: torch.dtype) -> int:
     if isinstance(quantization := getattr(config, "quantization_config", None), dict) and torch_reads(quantization):
         replace_linears(model, quantization)
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in (*model.parameters(), *model.buffers()))
+
+
+def check_memory(directory: Path, config: QWenConfig, dtype: torch.dtype) -> None:
+    """QwenError if a model's weights are more than the main memory that is free: the system would end the process."""
+    needed, free = weight_bytes(config, dtype), free_memory()
+    if free is not None and needed > free:
+        smaller = "" if dtype.itemsize == 2 else "bf16, or "
+        raise QwenError(
+            f"{directory} takes {needed / 2**30:.1f} GiB in {DTYPE_NAMES.get(dtype, dtype)}, and only "
+            f"{free / 2**30:.1f} GiB of main memory are free: close other programs, or take {smaller}a quantised "
+            "checkpoint such as Qwen/Qwen-7B-Chat-Int4"
+        )
 
 
 def place_on_gpus(config: QWenConfig, dtype: torch.dtype) -> dict[str, int] | str:

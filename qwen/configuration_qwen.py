@@ -3,7 +3,10 @@
 Field names are the checkpoint's own, so the file rules: there is no `rope_scaling` and no second place for a setting.
 """
 
+import json
+import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +14,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .checkpoint import check_model_type, with_quantization
+from .checkpoint import check_model_type, other_weights_name, with_quantization
 from .errors import QwenError
 
 # The `quant_method`, in memory, of GPTQ checkpoints that PyTorch alone can run (int4.py). In config.json it is "gptq",
@@ -24,15 +27,45 @@ CODE_FIELDS = (
 )  # of config.json: classes in the files of the checkpoint, which pipeline() would run
 
 
+GENERATION_FIELDS = (  # settings of generate() that older releases of transformers kept in config.json
+    "max_length", "min_length", "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p",
+    "min_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_beams",
+    "num_beam_groups", "early_stopping", "diversity_penalty", "num_return_sequences", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "stop_strings", "forced_bos_token_id", "forced_eos_token_id",
+    "cache_implementation", "output_scores", "output_attentions", "remove_invalid_values",
+    "exponential_decay_length_penalty", "encoder_no_repeat_ngram_size", "renormalize_logits",
+)  # fmt: skip
+
+
 def read_dtype(dtype: Any) -> Any:
     """A precision under any of its names ("bf16", "torch.bfloat16"); what is no text, or "auto", as it is."""
-    if not isinstance(dtype, str) or dtype == "auto":
+    if dtype is None or isinstance(dtype, torch.dtype | dict) or dtype == "auto":  # a dict says it by part of the model
         return dtype
-    name = dtype.removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     found = DTYPES.get(name, getattr(torch, name, None))
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise QwenError(f"dtype is {dtype!r}: write auto, bfloat16, float16 or float32")
     return found
+
+
+LARGEST = {  # far beyond any model of this kind: what is more would hang or exhaust memory
+    "vocab_size": 10**7, "hidden_size": 10**6, "num_hidden_layers": 1000, "num_attention_heads": 10**4,
+    "kv_channels": 10**5, "intermediate_size": 10**7, "max_position_embeddings": 10**9, "seq_length": 10**9,
+}  # fmt: skip
+
+
+def as_meant(value: Any, kind: Any) -> Any:
+    """A value of config.json in the type of its field, if another JSON type says the same: 1 for 1.0, 1e-6 as text."""
+    if isinstance(value, str) and kind in (int, int | None, float, bool, int | float):
+        try:
+            value = json.loads(value.lower())
+        except ValueError:
+            return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (int, int | None) and type(value) is float and value.is_integer():
+        return int(value)
+    return bool(value) if kind is bool and value in (0, 1) else value
 
 
 def torch_reads(quantization: dict[str, Any]) -> bool:
@@ -126,6 +159,14 @@ class QWenConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.seq_length is None:
             self.seq_length = self.max_position_embeddings
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}: it should be a number from 1 to {most:,}")
+        if not 0 < self.rotary_emb_base < math.inf or not 0 <= self.layer_norm_epsilon < 1:
+            raise ValueError(
+                f"rotary_emb_base is {self.rotary_emb_base} and layer_norm_epsilon is {self.layer_norm_epsilon}: they "
+                "should be like 10000 and 1e-6"
+            )
         if self.rotary_pct != 1.0:
             raise ValueError(f"rotary_pct is {self.rotary_pct}: every released Qwen-7B rotates whole heads (1.0)")
         if isinstance(self.local_attn, list) and len(self.local_attn) != self.num_hidden_layers:
@@ -140,9 +181,11 @@ class QWenConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, with AutoGPTQ's quantize_config.json where config.json has no such settings."""
+        """As in transformers, with AutoGPTQ's quantize_config.json, and the weights' name where it is unusual."""
+        directory = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return with_quantization(settings, Path(pretrained_model_name_or_path)), kwargs
+        settings = {**settings, "transformers_weights": other_weights_name(directory)}
+        return with_quantization(settings, directory), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -153,15 +196,23 @@ class QWenConfig(PreTrainedConfig):
         """
         check_model_type({"model_type": cls.model_type, **config_dict}, str(kwargs.get("name_or_path", "config.json")))
         config_dict = {name: value for name, value in config_dict.items() if name not in CODE_FIELDS}
+        misplaced = [name for name in GENERATION_FIELDS if config_dict.pop(name, None) not in (None, False)]
+        if misplaced:  # transformers would neither generate nor save with them
+            warnings.warn(
+                f"config.json: {', '.join(misplaced)} belong in generation_config.json, left out", stacklevel=2
+            )
         for values in (config_dict, kwargs):
             values.update({name: read_dtype(values[name]) for name in ("dtype", "torch_dtype") if name in values})
         for name, kind in cls.__annotations__.items():
-            value = config_dict.get(name)
-            if kind is float and type(value) is int:
-                config_dict[name] = float(value)
-            elif kind in (int, int | None) and type(value) is float and value.is_integer():
-                config_dict[name] = int(value)
+            if name in config_dict:
+                config_dict[name] = as_meant(config_dict[name], kind)
         return super().from_dict(config_dict, **kwargs)
+
+    def complete(self, directory: str | os.PathLike) -> None:
+        """Add what `get_config_dict` finds in a directory beside config.json, which is all that AutoConfig reads."""
+        self.transformers_weights = other_weights_name(Path(directory))
+        if not getattr(self, "quantization_config", None) and (found := with_quantization({}, Path(directory))):
+            self.quantization_config = QWenConfig(**found).quantization_config
 
     def to_dict(self) -> dict[str, Any]:
         return _with_published_method(super().to_dict())
@@ -173,6 +224,7 @@ class QWenConfig(PreTrainedConfig):
         """Write config.json without the `auto_map` it was read with: the code that this names is not saved with it."""
         if self._auto_class is None:  # else transformers itself saves the code, having loaded it from the directory
             vars(self).pop("auto_map", None)
+        vars(self).pop("transformers_weights", None)  # likewise
         super().save_pretrained(save_directory, **kwargs)
 
     @property

@@ -153,14 +153,19 @@ def nvidia_driver() -> str | None:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that are to be had without swapping, under the container's limit; None if unknown."""
+    """Bytes of memory that are to be had, swap included, under the container's limit; None if unknown."""
     try:
-        available = int(re.search(r"MemAvailable:\s+(\d+) kB", MEMORY_FILE.read_text())[1]) * 1024
+        words = MEMORY_FILE.read_text()
+        available = int(re.search(r"MemAvailable:\s+(\d+) kB", words)[1]) * 1024
     except (OSError, TypeError):
         return None
+    if swap := re.search(r"SwapFree:\s+(\d+) kB", words):
+        available += int(swap[1]) * 1024
     for limit, used in CGROUP_FILES:
         try:
-            available = min(available, max(0, int(limit.read_text()) - int(used.read_text())))
+            kept = re.findall(r"^(?:total_)?(?:in)?active_file (\d+)$", used.with_name("memory.stat").read_text(), re.M)
+            cached = sum(map(int, kept[-2:]))  # files that were read count as used, and give way when there is need
+            available = min(available, max(0, int(limit.read_text()) - int(used.read_text()) + cached))
         except (OSError, ValueError):  # not there, or "max"
             continue
     return available

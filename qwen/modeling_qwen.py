@@ -9,7 +9,7 @@ prompts longer than the training length, logn scales late queries, and window at
 
 import math
 import os
-from pathlib import Path
+import re
 from pickle import UnpicklingError
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import let_grow
 from .chatml import complete_eos_ids
-from .checkpoint import check_loaded_keys, check_weight_files, with_quantization, without_code
+from .checkpoint import check_loaded_keys, check_weight_files, compare_shapes, without_code
 from .configuration_qwen import QWenConfig
 from .cpu import CpuDecoder, load_kernels
 from .errors import QwenError
@@ -221,15 +221,16 @@ class QWenPreTrainedModel(PreTrainedModel):
             ImportError: `attn_implementation` needs a package that is not installed; the message names it.
         """
         kwargs = without_code(kwargs)
-        check_weight_files(pretrained_model_name_or_path, kwargs)
+        stored = check_weight_files(pretrained_model_name_or_path, kwargs)
         quantize_cache = kwargs.pop("use_cache_quantization", False)
-        if isinstance(config := kwargs.get("config"), QWenConfig) and not getattr(config, "quantization_config", None):
-            found = with_quantization({}, Path(pretrained_model_name_or_path))  # AutoConfig reads config.json alone
-            if found:
-                config.quantization_config = QWenConfig(**found).quantization_config
+        if isinstance(config := kwargs.get("config"), QWenConfig):
+            config.complete(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         translate_keywords(kwargs, pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        if stored and not kwargs.get("key_mapping"):
+            config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
+            cls._check_shapes(pretrained_model_name_or_path, stored, config, accept_other_sizes)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -255,6 +256,27 @@ class QWenPreTrainedModel(PreTrainedModel):
                 model.generation_config.cache_config = dict(INT8_CACHE)
         return (model, info) if want_info else model
 
+    @classmethod
+    def _check_shapes(
+        cls, source: str | os.PathLike, stored: dict[str, tuple[int, ...]], config: QWenConfig, accept_other_sizes: bool
+    ) -> None:
+        """QwenError if the tensors of the files are not those of this class, as far as the header tells."""
+        quantization = getattr(config, "quantization_config", None)
+        if not isinstance(config, QWenConfig) or quantization:  # quantised layers have tensors of their own
+            return
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+        prefix = f"{cls.base_model_prefix}."
+        if not any(name.startswith(prefix) for name in expected):  # the decoder alone
+            stored = {name.removeprefix(prefix): shape for name, shape in stored.items()}
+        tied = cls._tied_weights_keys if config.tie_word_embeddings and cls._tied_weights_keys else ()
+        known = {name: shape for name, shape in stored.items() if name in expected or not cls._ignores(name)}
+        check_loaded_keys(source, compare_shapes(known, expected, tied), accept_other_sizes, cls._new_tensors)
+
+    @classmethod
+    def _ignores(cls, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in cls._keys_to_ignore_on_load_unexpected)
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_code: bool = False, **kwargs: Any
     ) -> None:
@@ -273,6 +295,11 @@ class QWenPreTrainedModel(PreTrainedModel):
 
 class QWenModel(QWenPreTrainedModel):
     """The decoder without its head: token ids to hidden states."""
+
+    _keys_to_ignore_on_load_unexpected = [
+        *QWenPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^(lm_head|score)\.",
+    ]
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)

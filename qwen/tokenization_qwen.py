@@ -8,6 +8,7 @@ import binascii
 import os
 import unicodedata
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import tiktoken
@@ -16,12 +17,13 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 from transformers.utils import logging
 
 from .chatml import DEFAULT_SYSTEM, chat_template, encode_with_mask, template_system
-from .checkpoint import check_vocabulary
+from .checkpoint import check_vocabulary, read_json
 from .errors import QwenError
 from .history import check_text, plain_messages
 from .keywords import translate_hub_keywords
 from .offsets import fit_row, token_offsets
 from .push_code import push_code_to
+from .settings import check_token, check_tokenizer_settings
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +58,29 @@ def load_ranks(path: str) -> dict[bytes, int]:
             ) from None
     if not ranks:
         raise QwenError(f"{path} is empty: download it again")
+    if (
+        len({*ranks.values()}) < len(lines)
+        or not 0 <= min(ranks.values()) <= max(ranks.values()) < 2**31
+        or b"" in ranks
+    ):
+        raise QwenError(f"{path} is damaged (a token or an id is there twice, or impossible): download it again")
     return ranks
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """A directory's settings of the tokenizer as far as they need a look first: transformers takes them as they are.
+
+    Raises:
+        QwenError: one of the files is broken, or names tokens that this tokenizer does not have.
+    """
+    found = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second rules
+        if (path := directory / name).is_file():
+            found |= check_tokenizer_settings(read_json(path), str(path), SPECIAL_TOKENS)
+    if (path := directory / "added_tokens.json").is_file():
+        for token in read_json(path):
+            check_token(token, f"{path}: a token", SPECIAL_TOKENS)
+    return found
 
 
 def first_free_id(ranks: dict[bytes, int]) -> int:
@@ -91,6 +115,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.default_system = DEFAULT_SYSTEM if default_system is None else default_system
         check_text(self.default_system, "default_system (in tokenizer_config.json)")
         self.mergeable_ranks = load_ranks(vocab_file)
+        if missing := next((i for i in range(256) if bytes([i]) not in self.mergeable_ranks), None):
+            raise QwenError(f"{vocab_file} has no token for the byte {missing}: download it again")
         start = first_free_id(self.mergeable_ranks)
         self.special_tokens = {token: start + i for i, token in enumerate(SPECIAL_TOKENS)}
         if extra_vocab_file is not None:
@@ -133,9 +159,14 @@ class QWenTokenizer(PreTrainedTokenizer):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but say of a local directory without vocabulary what is missing (QwenError)."""
         translate_hub_keywords(kwargs)
-        if os.path.isdir(pretrained_model_name_or_path) and not kwargs.get("subfolder"):
-            check_vocabulary(os.path.join(pretrained_model_name_or_path, VOCAB_FILE))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        directory = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if directory.is_dir():
+            check_vocabulary(directory / VOCAB_FILE)
+            kwargs = {**read_settings(directory), **kwargs}
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except UnicodeDecodeError as error:  # of chat_template.jinja
+            raise QwenError(f"{directory} has a text file that is not UTF-8 ({error}): download it again") from None
 
     # ---- the vocabulary ----
 

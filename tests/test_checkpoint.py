@@ -264,7 +264,11 @@ BIN = "pytorch_model-00002-of-00002.bin"
         ("tokenizer_config.json", truncate, "tokenizer_config.json is not valid JSON"),
         ("qwen.tiktoken", Path.unlink, "qwen.tiktoken is missing: .*`git lfs install && git lfs pull`"),
         ("qwen.tiktoken", lfs_pointer, "qwen.tiktoken is only a git-lfs pointer.*git lfs pull"),
-        ("model.safetensors.index.json", Path.unlink, "no weights in .*download it again"),
+        (
+            "model.safetensors.index.json",
+            Path.unlink,
+            "no model.safetensors.index.json that lists them: download it again",
+        ),
         ("model.safetensors.index.json", truncate, "index.json is not valid JSON"),
         (SHARD, Path.unlink, f"{SHARD} is missing, though the checkpoint's index names it"),
         (SHARD, truncate, f"{SHARD} is damaged: [0-9,]+ bytes of [0-9,]+"),

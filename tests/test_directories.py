@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import golden
+from convert_to_qwen2 import main as convert_to_qwen2
 from quantize import main as quantize
 from qwen import QwenError
 from utils import load_model_and_tokenizer
@@ -59,11 +61,51 @@ def test_gptq_settings_of_other_tools(int4: Path, tmp_path: Path, name: str) -> 
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(copy)(golden.ids(8)).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["gptq_model-4bit-128g.safetensors", "gptq_model-8bit--1g.safetensors"])
-def test_weight_files_of_autogptq_are_to_be_renamed(int4: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["gptq_model-4bit-128g.safetensors", "gptq_model-8bit--1g.safetensors", "qwen-7b chat.safetensors"]
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_under_another_name(int4: Path, tmp_path: Path, name: str, sharded: bool) -> None:
+    """Any one file (or index) will do, as AutoGPTQ writes it; a saved copy has the usual name."""
     copy = shutil.copytree(int4, tmp_path / "copy")
-    (copy / "model.safetensors").rename(copy / name)
-    with pytest.raises(QwenError, match=f"AutoGPTQ's name.*mv {copy / name} {copy / 'model.safetensors'}"):
+    expected = logits(int4)
+    if sharded:
+        tensors = load_file(copy / "model.safetensors")
+        (copy / "model.safetensors").unlink()
+        stem, names = name.removesuffix(".safetensors"), sorted(tensors)
+        files = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        weight_map = {each: files[i % 2] for i, each in enumerate(names)}
+        for file in files:
+            save_file({k: v for k, v in tensors.items() if weight_map[k] == file}, copy / file, {"format": "pt"})
+        (copy / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        (copy / "model.safetensors").rename(copy / name)
+    torch.testing.assert_close(logits(copy), expected)
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    torch.testing.assert_close(model(golden.ids(8)).logits, expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert "transformers_weights" not in (tmp_path / "saved/config.json").read_text()
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(golden.ids(8)).logits, expected)
+    if not sharded:
+        convert_to_qwen2(["-c", str(copy), "-o", str(tmp_path / "qwen2")])
+        assert (tmp_path / "qwen2/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "no model.safetensors.index.json"),
+     (["pytorch_model-00001-of-00002.bin"], "no pytorch_model.bin.index.json"),
+     (["a.safetensors", "b.safetensors"], "2"),
+     (["gptq_model-4bit-128g.bin", "training_args.bin"], r"`mv \S*/gptq_model-4bit-128g.bin \S*/pytorch_model.bin`"),
+     (["qwen7b-q4_0.gguf"], "is of llama.cpp"),
+     (["global_step10"], "zero_to_fp32.py"), (["optimizer.pt"], "no weights")],
+)  # fmt: skip
+def test_what_lies_in_place_of_weights_is_named(small: Path, tmp_path: Path, names: list[str], said: str) -> None:
+    copy = shutil.copytree(small, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    for name in names:
+        (copy / name).write_bytes(b"x")
+    with pytest.raises(QwenError, match=said):
         logits(copy)
 
 

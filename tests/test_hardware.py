@@ -215,3 +215,27 @@ def test_only_hardware_py_asks_the_processor() -> None:
     others = [path for suffix in ("*.sh", "*.cpp", "*.h") for path in ROOT.rglob(suffix) if ".venv" not in path.parts]
     asking = {path.name for path in others for word in ("/proc/cpuinfo", "lscpu", "cpuid") if word in path.read_text()}
     assert others and not asking
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "cached", "free"),
+    [("max", "7", (0, 0), 3 << 20), (str(1 << 20), str(3 << 18), (0, 0), 1 << 18),
+     (str(1 << 20), str(1 << 20), (1 << 17, 1 << 18), 3 << 17), (str(1 << 30), "0", (0, 0), 3 << 20)],
+)  # fmt: skip
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_under_a_limit(
+    limit: str, used: str, cached: tuple[int, int], free: int, version: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What files take in the cache can be had; the limit of a container counts it as used."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2048 kB\nSwapFree:  1024 kB\n")
+    (tmp_path / "limit").write_text(limit)
+    (tmp_path / "used").write_text(used)
+    own = f"inactive_file {cached[0]}\nactive_file {cached[1]}\n"
+    below = "".join(f"total_{line}\n" for line in own.splitlines()) if version == 1 else ""
+    (tmp_path / "memory.stat").write_text(("inactive_file 1\nactive_file 1\n" if below else own) + below)
+    monkeypatch.setattr(hardware, "MEMORY_FILE", tmp_path / "meminfo")
+    monkeypatch.setattr(hardware, "CGROUP_FILES", ((tmp_path / "limit", tmp_path / "used"),))
+    assert hardware.free_memory() == free
+    monkeypatch.setattr(hardware, "MEMORY_FILE", tmp_path / "gone")
+    assert hardware.free_memory() is None

@@ -14,9 +14,16 @@ from transformers import AutoModelForCausalLM
 
 import golden
 import utils
-from qwen import QWenConfig, QwenError
+from qwen import QWenConfig, QwenError, QWenLMHeadModel
 from qwen.cpu import load_kernels
-from utils import choose_device, choose_dtype, gpu_device_map, load_from_args, load_model_and_tokenizer
+from utils import (
+    choose_device,
+    choose_dtype,
+    gpu_device_map,
+    load_from_args,
+    load_model_and_tokenizer,
+    load_model_for_training,
+)
 
 
 def save_tiny(directory: Path) -> Path:
@@ -270,3 +277,32 @@ def test_run_script_speaks_in_one_sentence(tmp_path: Path) -> None:
     assert run("interrupt") == (130, "")
     assert run("full") == (1, "tool.py: error: the disk is full (out.json): free some space\n")
     assert run("fine", "| head -1") == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "free", "said"),
+    [
+        ("fp32", 0.5, "take bf16, or a quantised"),
+        ("bf16", 0.5, "take a quantised"),
+        ("fp32", 1.01, None),
+        ("fp32", None, None),
+    ],
+)
+def test_weights_that_memory_cannot_hold_are_told_before_loading(
+    dtype: str, free: float | None, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system's own file says it; nothing is read of the weights."""
+    path = golden.checkpoint(tmp_path / "small", vocab_size=1000)
+    weights = sum(t.numel() for t in golden.state_dict().values()) * (4 if dtype == "fp32" else 2)
+    monkeypatch.setattr("qwen.hardware.CGROUP_FILES", ())
+    monkeypatch.setattr("qwen.hardware.MEMORY_FILE", tmp_path / "meminfo")
+    if free is not None:
+        (tmp_path / "meminfo").write_text(f"MemAvailable:  {int(free * weights / 1024) + 1} kB\n")
+    if said is None:
+        assert load_model_and_tokenizer(path, device="cpu", dtype=dtype)
+        return
+    monkeypatch.setattr(QWenLMHeadModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(QwenError, match=f"takes .* GiB in {dtype}, and only .* of main memory are free: .*{said}"):
+        load_model_and_tokenizer(path, device="cpu", dtype=dtype)
+    with pytest.raises(QwenError, match="of main memory are free"):
+        load_model_for_training(path, torch.float32, {"": torch.device("cpu")})
