@@ -1,6 +1,7 @@
 """transformers' Trainer for this model: loss without logits, exact evaluation, whole checkpoints."""
 
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,17 @@ from .checkpoints import mark_complete, record_base, remove_old
 from .speed import Work
 
 
+def exact_policy(policy: Any) -> Any:
+    """The FSDP policy that accelerate has made for half precision, without what rounds more than the weights.
+
+    It would cast what blocks are given, the rotary angles among them, and what the model returns, the loss. Hidden
+    states need no cast: the embedding gives them in the weights' type.
+    """
+    exact = {"cast_forward_inputs": False, "cast_root_forward_inputs": False, "output_dtype": None}
+    known = {field.name for field in fields(policy)}
+    return replace(policy, **{name: value for name, value in exact.items() if name in known})
+
+
 class QwenTrainer(Trainer):
     """A Trainer for batches of `training.data`.
 
@@ -26,6 +38,9 @@ class QwenTrainer(Trainer):
 
     def __init__(self, *args: Any, facts: dict[str, Any], base: tuple[str, str | None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = exact_policy(plugin.mixed_precision_policy)
         self.facts = facts
         self.base = base
         self.work = Work()
