@@ -8,10 +8,10 @@
     def test_it(on_cuda: Callable) -> None:
         assert on_cuda(function_of_this_file, argument) == ...  # runs in a process that has the GPU
 
-A tensor on the GPU is a `GpuTensor`, which holds one of the CPU; each operation on it is checked, noted, and done on what
-is held. Shown are: tensors of two devices in one operation, float64 on Apple's, every moment in which the host waits
-(with its line), waits while a graph is recorded, graphs that replay on their own memory, and memory by device. Not shown:
-speed, rounding, streams, what kernels refuse, backward passes, torch.compile.
+A tensor on the GPU is a `GpuTensor`, which holds one of the CPU; each operation on it is checked, noted, and done on
+what is held. Shown are: tensors of two devices in one operation, float64 on Apple's, every moment in which the host
+waits (with its line), waits while a graph is recorded, graphs that replay on their own memory, memory by device. Not
+shown: speed, rounding, streams, what kernels refuse, backward passes, torch.compile.
 """
 
 import ctypes
@@ -58,7 +58,9 @@ class GpuTensor(torch.Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device) -> "GpuTensor":
+    def __new__(cls, held: Tensor, device: torch.device | None = None, requires_grad: bool = False) -> Tensor:
+        if device is None:  # accelerate makes parameters anew by their class
+            return torch.nn.Parameter(held, requires_grad)
         if device.type == "mps" and held.dtype == torch.float64:
             raise TypeError(NO_FLOAT64)
         self = torch.Tensor._make_wrapper_subclass(

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import golden
 import pretended_gpu
+import utils
 from eval.engine import Engine as Evaluation
+from profiling.measure import peak_bytes, reset_peak
 from utils import load_model_and_tokenizer
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": 2000}
@@ -29,6 +32,11 @@ def on_apple() -> Iterator[Callable]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return golden.checkpoint(tmp_path_factory.mktemp("gpu") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return golden.int4_checkpoint(tmp_path_factory.mktemp("gpu") / "int4")
 
 
 # ---- the harness ----
@@ -149,3 +157,39 @@ def test_evaluated_replies_hold_no_foreign_token(on_apple: Callable, tiny: Path)
     records = on_apple(evaluated, tiny, "mps")
     assert records == evaluated(tiny, "cpu")
     assert {record[1] for record in records} == {"stop", "length"}
+
+
+# ---- NVIDIA's GPUs ----
+
+
+def peaks() -> list[int]:
+    gpus = torch.device("cuda")
+    reset_peak(gpus)
+    before = peak_bytes(gpus)
+    big = torch.zeros(1000, device="cuda:1")
+    high = peak_bytes(gpus)
+    del big
+    reset_peak(gpus)
+    return [high - before, peak_bytes(gpus) - before]
+
+
+def test_peak_of_memory_begins_anew_on_every_gpu(on_cuda: Callable) -> None:
+    assert on_cuda(peaks) == [4000, 0]
+
+
+def int4_with_a_layer_on(place: int | str, checkpoint: Path) -> tuple[int, list[int]]:
+    """Bytes that the GPU holds of a model, and its likeliest tokens."""
+    placement = {"transformer.wte": 0, "transformer.drop": 0, "transformer.h.0": place, "transformer.ln_f": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "place_on_gpus", lambda *_: placement | {"lm_head": 0})
+        before = pretended_gpu.gpu.memory.used[0]
+        model, _ = load_model_and_tokenizer(checkpoint, device="cuda", dtype="fp32")
+        used = pretended_gpu.gpu.memory.used[0] - before
+    return used, model(torch.arange(30, device="cuda")[None]).logits.argmax(-1)[0].tolist()
+
+
+def test_int4_layers_that_stay_on_the_cpu_take_no_memory_of_the_gpu(on_cuda: Callable, int4: Path) -> None:
+    """Their numbers are buffers, which accelerate leaves on the GPU unless it is told."""
+    (whole, expected), (rest, tokens) = (on_cuda(int4_with_a_layer_on, place, int4) for place in (0, "cpu"))
+    layer = sum(t.numel() * t.itemsize for name, t in load_file(int4 / "model.safetensors").items() if ".h.0." in name)
+    assert tokens == expected and whole - rest > 0.95 * layer
