@@ -167,7 +167,10 @@ def load_model_and_tokenizer(
     try:
         if tp is not None:
             return load_parallel(directory, config, tp, dtype, attn), tokenizer
-        model = QWenLMHeadModel.from_pretrained(directory, dtype=dtype, device_map=placement, attn_implementation=attn)
+        model = QWenLMHeadModel.from_pretrained(
+            directory, dtype=dtype, device_map=placement, attn_implementation=attn,
+            offload_buffers=True,  # of layers that stay on the CPU: the numbers of Int4 are buffers
+        )  # fmt: skip
         if placement == {"": "cpu"}:
             model.use_cpu_kernels()
     except ImportError as error:  # names the package that the attention implementation needs

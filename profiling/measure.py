@@ -99,9 +99,10 @@ def describe_device(device: str) -> str:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start the peak anew where the system can: CUDA and Linux; elsewhere it is that of the process so far."""
+    """Start the peak of all GPUs anew, or on Linux that of the process; elsewhere it stays the peak so far."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
     elif sys.platform == "linux":
         with suppress(OSError):  # forbidden in some containers
             Path("/proc/self/clear_refs").write_text("5")

@@ -55,8 +55,9 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
         self.register_buffer("g_idx", torch.zeros(in_features, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.register_buffer("packed", None, persistent=False)  # the numbers as the kernel reads them
-        self.register_buffer("packed_scales", None, persistent=False)  # (groups, out, 2): scales and offsets
+        # No buffers, for accelerate would offload them, and they come and go.
+        self.packed: Tensor | None = None  # the numbers as the kernel reads them
+        self.packed_scales: Tensor | None = None  # (groups, out, 2): scales and offsets
         self.register_state_dict_post_hook(_add_qweight)
 
     def forward(self, x: Tensor) -> Tensor:

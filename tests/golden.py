@@ -4,12 +4,14 @@
 """
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
+from safetensors.torch import load_file, save_file
 
 from qwen import QWenConfig, QWenLMHeadModel, QWenTokenizer
 
@@ -50,6 +52,21 @@ def checkpoint(directory: Path, **changes: object) -> Path:
     QWenTokenizer(DATA / "qwen.tiktoken").save_pretrained(directory)
     ranks = (DATA / "qwen.tiktoken").read_bytes().splitlines(keepends=True)[:700]
     (directory / "qwen.tiktoken").write_bytes(b"".join(ranks))
+    return directory
+
+
+def int4_checkpoint(directory: Path) -> Path:
+    """The quantised model in a directory, with a vocabulary, and with rows for all of its ids."""
+    shutil.copytree(DATA / "gptq", directory, ignore=shutil.ignore_patterns("outputs.npz"))
+    QWenTokenizer(DATA / "qwen.tiktoken").save_pretrained(directory)
+    ranks = (DATA / "qwen.tiktoken").read_bytes().splitlines(keepends=True)[:256]
+    (directory / "qwen.tiktoken").write_bytes(b"".join(ranks))
+    tensors = load_file(directory / "model.safetensors")
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        tensors[name] = torch.nn.functional.pad(tensors[name], (0, 0, 0, 512 - len(tensors[name])))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 512}))
     return directory
 
 

@@ -107,12 +107,12 @@ def test_deepspeed_steps_saves_and_resumes(tmp_path: Path, int4: Path, name: str
     assert load_model_and_tokenizer(tmp_path / "again", device="cpu")
 
 
-def test_sharded_by_fsdp_the_gradients_are_the_same() -> None:
+def test_sharded_by_fsdp_loss_and_gradients_are_the_same() -> None:
     worker = Path(__file__).with_name("fsdp_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
     run = subprocess.run(command, env=environment(PYTHONPATH=f"{ROOT}:{worker.parent}"), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("same gradients") == 2
+    assert run.stdout.count("same gradients") == run.stdout.count("same loss") == 2
 
 
 def test_killed_at_a_random_moment_it_goes_on_exactly(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import golden
 import utils
-from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
+from qwen import QWenConfig, QwenError, QWenLMHeadModel
 from qwen.int4 import Int4Linear, group_index, pack_words, unpack_words
 
 CHECKPOINT = golden.DATA / "gptq"  # quantised by GPTQModel, see data/README.md
@@ -119,22 +119,11 @@ def test_loads_in_both_ways_and_saves_the_official_tensors(tmp_path: Path, auto:
 
 
 def test_through_the_loader(tmp_path: Path) -> None:
-    """With rows for every id of a vocabulary, which the model of 64 has not."""
-    shutil.copytree(CHECKPOINT, tmp_path / "int4")
-    QWenTokenizer(golden.DATA / "qwen.tiktoken").save_pretrained(tmp_path / "int4")
-    ranks = (golden.DATA / "qwen.tiktoken").read_bytes().splitlines(keepends=True)[:256]
-    (tmp_path / "int4/qwen.tiktoken").write_bytes(b"".join(ranks))
-    [path] = (tmp_path / "int4").glob("*.safetensors")
-    tensors = load_file(path)
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        tensors[name] = torch.nn.functional.pad(tensors[name], (0, 0, 0, 512 - len(tensors[name])))
-    save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((tmp_path / "int4/config.json").read_text())
-    (tmp_path / "int4/config.json").write_text(json.dumps(config | {"vocab_size": 512}))
-    model, _ = utils.load_model_and_tokenizer(tmp_path / "int4", device="cpu", dtype="fp32")
+    directory = golden.int4_checkpoint(tmp_path / "int4")
+    model, _ = utils.load_model_and_tokenizer(directory, device="cpu", dtype="fp32")
     assert "Int4 (" in utils.describe_placement(model)
     ids = torch.tensor(np.load(CHECKPOINT / "outputs.npz")["ids"])
-    logits = model(ids).logits[..., : config["vocab_size"]]
+    logits = model(ids).logits[..., :64]
     assert torch.cosine_similarity(logits, load()(ids).logits, dim=-1).min() > 0.999
 
 

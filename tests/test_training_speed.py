@@ -50,6 +50,9 @@ def test_peak_of_a_gpu_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     gpu = torch.device("cuda", 0)
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12,
              "NVIDIA A10G": 70e12, "NVIDIA A10": 125e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
+             "Tesla V100-SXM2-16GB": 125e12, "Tesla T4": 65e12, "NVIDIA GeForce RTX 4090": 165e12,
+             "NVIDIA RTX A4000": None, "NVIDIA A100-SXM4-80GB MIG 1g.10gb": None, "NVIDIA T400 4GB": None,
+             "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA RTX A1000": None, "NVIDIA GeForce RTX 4090 D": None,
              "Something else": None}  # fmt: skip
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)

@@ -1,5 +1,6 @@
 """How much work a run has done, how fast, and what share of the hardware's arithmetic that is."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,15 @@ from torch import nn
 from qwen import QWenConfig
 from qwen.loss import IGNORED
 
-# Dense tensor-core operations per second in half precision, by the makers' data sheets.
+# Dense tensor-core operations per second in half precision, by the makers' data sheets. A card is the first entry all
+# of whose words are words of its name: an RTX A4000 is no A40.
 PEAK_FLOPS = {
-    "B200": 2.25e15, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
-    "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A40": 150e12, "A10G": 70e12,
-    "A10": 125e12, "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+    "B200": 2.25e15, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A40": 150e12,
+    "A10G": 70e12, "A10": 125e12, "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
+UNLIKE = {"Laptop", "D", "MIG"}  # of lesser cards, or parts of one, under the same name
 
 
 @dataclass
@@ -61,5 +65,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """The peak of a known GPU; None elsewhere."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    words = re.split(r"[\s-]+", torch.cuda.get_device_name(device))
+    if UNLIKE & {*words}:
+        return None
+    return next((peak for known, peak in PEAK_FLOPS.items() if {*known.split()} <= {*words}), None)

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from .speed import Work
 REFERENCE = "ref"  # the adapter before it was trained on, which TRL keeps beside it; a copy of what is on the disk
 
 
+def exact_policy(policy: Any) -> Any:
+    """The FSDP policy that accelerate has made for half precision, without what rounds more than the weights.
+
+    It would cast what blocks are given, the rotary angles among them, and what the model returns, the loss. Hidden
+    states need no cast: the embedding gives them in the weights' type.
+    """
+    exact = {"cast_forward_inputs": False, "cast_root_forward_inputs": False, "output_dtype": None}
+    known = {field.name for field in fields(policy)}
+    return replace(policy, **{name: value for name, value in exact.items() if name in known})
+
+
 class CheckpointedTrainer(Trainer):
     """What every trainer here has: whole checkpoints, adapters that know their base model, counts of the work done.
 
@@ -34,6 +46,9 @@ class CheckpointedTrainer(Trainer):
         self.base = base
         self.work = Work()
         super().__init__(*args, **kwargs)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = exact_policy(plugin.mixed_precision_policy)
         self.accelerator.unwrap_model(self.model).config.use_cache = True  # as it is to be saved; batches say False
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
