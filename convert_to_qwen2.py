@@ -24,7 +24,8 @@ from transformers import GenerationConfig
 
 from hub import HUBS
 from qwen import QWenTokenizer
-from qwen.chatml import complete_eos_ids, template_system
+from qwen.chat_template import template_system
+from qwen.chatml import complete_eos_ids
 from qwen.checkpoint import check_weight_files, list_weight_files, read_json
 from qwen.errors import QwenError
 from qwen.fast_tokenizer import restore_vocabulary, save_fast_tokenizer
