@@ -73,11 +73,12 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
 }
 
 
-def render(messages: list[dict], tools: list[dict] | None = None, **options: Any) -> str:
+def render(messages: list[dict], tools: list[dict] | None = None, system: str = DEFAULT_SYSTEM, **options: Any) -> str:
     """As transformers renders, and so vLLM; a bare jinja2 gives the same where nothing needs its filter `tojson`."""
-    [text], _ = render_jinja_template([messages], tools, chat_template=TEMPLATE, **options)
+    template = chat_template(system)
+    [text], _ = render_jinja_template([messages], tools, chat_template=template, **options)
     if not tools:
-        assert text == jinja2.Template(TEMPLATE).render(messages=messages, **options)
+        assert text == jinja2.Template(template).render(messages=messages, **options)
     return text
 
 
