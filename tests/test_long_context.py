@@ -190,12 +190,9 @@ def save_with_vocabulary(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def test_prefill_table(
-    bench: ModuleType, tokenizer: QWenTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prefill_table(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each prompt in a process of its own; rows of both ways, for time and memory."""
-    golden.model().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    golden.checkpoint(tmp_path)
     bench.main(["-c", str(tmp_path), "--device", "cpu", "--lengths", "100", "--chunk", "32"])
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in lines[2:]}

@@ -13,7 +13,7 @@ from transformers.utils import logging
 import cli_demo
 import golden
 import tensor_parallel
-from qwen import QwenError, QWenTokenizer
+from qwen import QwenError
 from utils import load_model_and_tokenizer
 
 ROOT = Path(tensor_parallel.__file__).parent
@@ -30,12 +30,9 @@ def torchrun(tmp_path: Path, *command: str, processes: int = 2, lines: str = "")
 
 
 @pytest.fixture(scope="module")
-def tiny(tokenizer: QWenTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model of the golden outputs: 4 heads, seq_length 64."""
-    directory = tmp_path_factory.mktemp("tiny")
-    golden.model().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return golden.checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 COMPARE = """
