@@ -1,10 +1,12 @@
 """Rewrite a checkpoint in Qwen2's layout, in which vLLM, SGLang, TGI, lmdeploy and llama.cpp run it, or back.
 
     python convert_to_qwen2.py -c Qwen/Qwen-7B-Chat -o qwen-7b-chat-qwen2
+    python convert_to_qwen2.py -c Qwen/Qwen-7B-Chat -o qwen-7b-chat-16k --context 16384
     python convert_to_qwen2.py --back -c qwen-7b-chat-qwen2 -o qwen-7b-chat
 
 Nothing is computed, so nothing is lost: up to `seq_length` tokens both give the same logits. One file of weights is in
-memory at a time. Int4 checkpoints are converted as they are.
+memory at a time. Int4 checkpoints are converted as they are. Engines of Qwen2 choose no factor of dynamic NTK for each
+prompt: --context writes the one of that length into the settings, for prompts of every length.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from transformers import GenerationConfig
 
 from hub import HUBS
 from qwen import QWenTokenizer
-from qwen.chatml import complete_eos_ids, template_system
+from qwen.chat_template import template_system
+from qwen.chatml import complete_eos_ids
 from qwen.checkpoint import check_weight_files, list_weight_files, read_json
 from qwen.errors import QwenError
 from qwen.fast_tokenizer import restore_vocabulary, save_fast_tokenizer
@@ -45,6 +48,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="directory to write")
     parser.add_argument("--back", action="store_true", help="from Qwen2's layout to Qwen's")
     parser.add_argument(
+        "--context", type=int, metavar="N",
+        help="tokens to read: RoPE is stretched by one factor for all lengths (default: seq_length, nothing changed)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-shard-size", type=float, default=2.0, metavar="GB",
         help="size of a weight file, and of the memory needed (default: %(default)s)",
     )  # fmt: skip
@@ -57,12 +64,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.max_shard_size <= 0:
         raise QwenError(f"--max-shard-size {args.max_shard_size}: give a size in GB, such as 2")
+    if args.back and args.context is not None:
+        raise QwenError("--context is for the way to Qwen2's layout: leave it out with --back")
     source = find_checkpoint(args.checkpoint_path, args.hub, args.revision)
     if (source / "adapter_config.json").is_file():
         raise QwenError(f"{source} is an adapter: merge it first, with merge_lora.py, then convert the result")
     try:
         with new_directory(args.output) as made:
-            (convert_back if args.back else convert)(source, made, args.max_shard_size * GB)
+            if args.back:
+                convert_back(source, made, args.max_shard_size * GB)
+            else:
+                convert(source, made, args.max_shard_size * GB, args.context)
     except SafetensorError as error:
         raise QwenError(f"{args.output} can't be written ({error}): free some space, then start again") from error
     print(f"Saved in {args.output}.", file=sys.stderr)
@@ -71,11 +83,11 @@ def main(argv: list[str] | None = None) -> None:
 # ---- the two ways ----
 
 
-def convert(source: Path, target: Path, shard_bytes: float) -> None:
-    """Write a Qwen-7B checkpoint directory in Qwen2's layout."""
+def convert(source: Path, target: Path, shard_bytes: float, context: int | None = None) -> None:
+    """Write a Qwen-7B checkpoint directory in Qwen2's layout; `context` stretches RoPE to so many tokens."""
     check_loadable(source)
     check_weight_files(source)
-    settings = qwen2_settings(load_config(source))
+    settings = qwen2_settings(load_config(source), context)
     tokenizer = QWenTokenizer.from_pretrained(source)
     generation = read_json(path) if (path := source / "generation_config.json").is_file() else {}
     is_chat = generation.get("chat_format") == "chatml"
@@ -185,6 +197,10 @@ class WeightFiles:
 
     def names(self) -> list[str]:
         return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file = self._files[name]
+        return tuple(file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         file = self._files[name]

@@ -234,9 +234,13 @@ def load_parallel(
     it until it ends, and end with it."""
     from transformers.distributed import DistributedConfig
 
-    plan = DistributedConfig(tp_size=tp, tp_plan=sharding_plan(config, tp) or None)
+    sharding = sharding_plan(config, tp)
+    plan = DistributedConfig(tp_size=tp, tp_plan=sharding or None)
     model = ParallelQWen.from_pretrained(directory, dtype=dtype, attn_implementation=attn, distributed_config=plan)
     model.eval()
+    if sharding:
+        for block in model.transformer.h:
+            block.attn.width //= tp  # c_attn's output here is a rank's own heads
     if not is_leader():
         model.follow()
     model.lead()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from eval.engine import MOST_ROWS, Engine, plan_batches
+from eval.remote import Remote, add_api_arguments, load_tokenizer
 from eval.report import counts, published, table, versions
 from eval.run_folder import (
     RunFolder,
@@ -29,7 +30,7 @@ from eval.run_folder import (
     write_json,
     write_whole,
 )
-from eval.task import Record, Sample, Task
+from eval.task import Prompt, Record, Sample, Task
 from qwen import QwenError
 from utils import DTYPE_NAMES, add_model_arguments, find_checkpoint, load_from_args
 
@@ -44,6 +45,7 @@ def make_parser(task: type[Task], description: str | None) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.set_defaults(checkpoint_path=task.checkpoint)
+    add_api_arguments(parser.add_argument_group("a model that a server runs"))
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "-d", "--data", "--eval_data_path", "-f", "--sample-input-file", type=Path, metavar="DIR",
@@ -96,6 +98,8 @@ def run(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
         raise QwenError("--tp is not for evaluation: start several processes, each has the whole model and its share")
     if args.rescore:
         return rescore(task_class, args)
+    if args.api_base:
+        return run_remotely(task_class, args)
     torch.manual_seed(args.seed)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -127,6 +131,49 @@ def run(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
         return {}
     folder.merge(records)
     return conclude(task, args, samples, records, settings, folder)
+
+
+def run_remotely(task_class: type[Task], args: argparse.Namespace) -> dict[str, Any]:
+    """The same with a model that a server runs; answers are kept one by one."""
+    if args.api_requests < 1:
+        raise QwenError("--api-requests must be 1 or more")
+    task = task_class(args)
+    samples = load_samples(task)
+    check_writable(args.output, "--output")
+    tokenizer, config = load_tokenizer(args)
+    with Remote(args, tokenizer, task.choices, task.stop_words, task.max_new_tokens) as remote:
+        settings = {"task": task.name, **task.settings(), "served": remote.model, "seed": args.seed}
+        folder = RunFolder.of_settings(args.output, task.name, remote.model, settings)
+        folder.begin(args.resume, args.overwrite)
+        write_json(folder.path / "settings.json", {"checkpoint": str(args.checkpoint_path), **settings})
+        prompts = [task.prompt(sample, tokenizer, config.seq_length) for sample in samples]
+        try:
+            records = ask_remote(task, samples, prompts, remote, folder)
+        except KeyboardInterrupt:
+            print(f"\nstopped: {len(folder.answers())} answers are kept in {folder.path}; "
+                  "the same command with --resume goes on", file=sys.stderr)  # fmt: skip
+            raise
+    folder.merge(records)
+    return conclude(task, args, samples, records, settings, folder)
+
+
+def ask_remote(
+    task: Task, samples: Sequence[Sample], prompts: Sequence[Prompt], remote: Remote, folder: RunFolder
+) -> list[Record]:
+    """The records of all samples, in their order, asked of the server where they are not there already."""
+    hashes, known = [prompt_hash(prompt.ids) for prompt in prompts], folder.answers()
+    missing = [i for i, sample in enumerate(samples) if known.get(sample.id, {}).get("prompt") != hashes[i]]
+    with tqdm(total=len(missing), desc=task.title, unit="sample", disable=not missing) as bar:
+
+        def keep(number: int, answer: Record) -> None:
+            sample = samples[missing[number]]
+            line = {"id": sample.id, "prompt": hashes[missing[number]], "question": text_hash(task.question(sample))}
+            known[sample.id] = line | answer
+            folder.append([known[sample.id]])
+            bar.update()
+
+        remote.answer([prompts[i].ids for i in missing], keep)
+    return [known[sample.id] for sample in samples]
 
 
 def load_samples(task: Task) -> list[Sample]:

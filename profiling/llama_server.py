@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from profiling.gguf_file import import_gguf, write_gguf
+from export_gguf import import_gguf, write_gguf
 from qwen.errors import QwenError
 from qwen.tokenization_qwen import QWenTokenizer
 
@@ -40,7 +40,7 @@ def ensure_gguf(source: Path, folder: Path, precision: str, tokenizer: QWenToken
     if not path.is_file() or path.stat().st_mtime < (source / "config.json").stat().st_mtime:
         folder.mkdir(parents=True, exist_ok=True)
         print(f"Writing {path} ...", file=sys.stderr)
-        write_gguf(source, path, precision, tokenizer)
+        write_gguf(source, path, precision, tokenizer, outer="bf16")
     return path
 
 

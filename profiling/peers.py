@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from export_gguf import write_gguf
 from profiling.costs import Row
-from profiling.gguf_file import write_gguf
 from qwen import QWenLMHeadModel
 from qwen.checkpoint import check_architecture
 from qwen.errors import QwenError
@@ -59,7 +59,7 @@ def prepare_gguf(checkpoint: str, args: argparse.Namespace, row: Row, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     if not plain.is_file() or plain.stat().st_mtime < stamp:
         print(f"Writing {plain} for llama.cpp ...", file=sys.stderr)
-        write_gguf(directory, plain, precision)
+        write_gguf(directory, plain, precision.replace("fp", "f"))
     if not quantization:
         return plain
     quantized = folder / f"{name}-{quantization}.gguf"

@@ -4,8 +4,6 @@ Role, newline and content are encoded apart, and text never becomes a control to
 typed ten characters. So the ids made here are the only way in which prompts are built.
 """
 
-import json
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,37 +20,6 @@ DEFAULT_WINDOW = 6144  # tokens of system and history; what the first release of
 
 Turn = tuple[str, str]  # a query and its reply
 Message = dict[str, Any]  # {"role": ..., "content": ...}
-
-# The chat template, up to the default system message and after it.
-TEMPLATE_HEAD = "{%- if messages[0]['role'] != 'system' -%}{{ '<|im_start|>system\\n"
-TEMPLATE_TAIL = (
-    "<|im_end|>\\n' }}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
-    "{%- if not (loop.last and continue_final_message is defined and continue_final_message) -%}"
-    "{{ '<|im_end|>\\n' }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}"
-    "{{ '<|im_start|>assistant\\n' }}"
-    "{%- endif -%}"
-)
-
-
-def chat_template(default_system: str) -> str:
-    """ChatML in Jinja, for other engines and plain text; this package encodes the segments apart, `encode_messages`."""
-    literal = json.dumps(default_system, ensure_ascii=False)[1:-1].replace("'", "\\'")
-    return f"{TEMPLATE_HEAD}{literal}{TEMPLATE_TAIL}"
-
-
-def template_system(template: str) -> str | None:
-    """The default system message of a template that `chat_template` made; None if another made it."""
-    found = re.fullmatch(rf"{re.escape(TEMPLATE_HEAD)}((?:[^'\\]|\\.)*){re.escape(TEMPLATE_TAIL)}", template)
-    try:
-        return json.loads('"' + found[1].replace("\\'", "'") + '"') if found else None
-    except ValueError:  # edited by hand, in Jinja's words
-        return None
 
 
 def encode_block(tokenizer: "QWenTokenizer", role: str, content: str, closed: bool = True) -> list[int]:
@@ -82,6 +49,7 @@ def encode_with_mask(
     continue_final_message: bool = False,
 ) -> tuple[list[int], list[int]]:
     """`encode_messages`, and a mask that is 1 where the assistant writes: its texts and what ends them."""
+    messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
     if not messages or messages[0]["role"] != "system":
         messages = [{"role": "system", "content": tokenizer.default_system}, *messages]
     newline = tokenizer.encode_text("\n")

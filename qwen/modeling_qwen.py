@@ -116,6 +116,7 @@ class QWenAttention(nn.Module):
         self.num_key_value_groups = 1  # read by transformers' attention functions: every query head has its own key
         self.is_causal = True
         projection_size = config.num_attention_heads * config.kv_channels
+        self.width = projection_size  # of query, key and value each; of a slice of the layer, its share
         self.c_attn = nn.Linear(config.hidden_size, 3 * projection_size)
         self.c_proj = nn.Linear(projection_size, config.hidden_size, bias=not config.no_bias)
         self.c_proj.adds_to_residual = True
@@ -131,10 +132,11 @@ class QWenAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         B, T, _ = x.shape
-        query, key, value = (
-            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-            for part in self.c_attn(x).chunk(3, dim=-1)
-        )
+        # Split by fixed sizes: so other engines see three projections, and cut each of them over their processes.
+        query, key, value = self.c_attn(x).split((self.width, self.width, self.width), dim=-1)
+        query = query.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        key = key.view(B, T, -1, self.head_dim).transpose(1, 2)
+        value = value.view(B, T, -1, self.head_dim).transpose(1, 2)
         query, key = apply_rotary(query, query_rotary), apply_rotary(key, key_rotary)
         if isinstance(past_key_values, PagedStep):
             output = past_key_values.attend(self.layer_idx, query, key, value, self.scaling, window)

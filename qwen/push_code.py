@@ -31,4 +31,12 @@ def push_code_to(directory: str | os.PathLike) -> None:
         if path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))
             settings["auto_map"] = auto_map
+            if name == "config.json" and (ends := reply_ends(Path(directory) / "generation_config.json")):
+                settings["eos_token_id"] = ends[0]  # the one that llama.cpp's converter reads, and it reads it here
             path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def reply_ends(path: Path) -> list[int]:
+    """The ids that end a reply by a generation_config.json, the most usual first."""
+    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]

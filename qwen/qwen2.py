@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .configuration_qwen import QWenConfig
 from .errors import QwenError
+from .modeling_qwen import dynamic_ntk_alpha
 
 Named = list[tuple[str, Tensor]]
 
@@ -86,12 +87,27 @@ def qwen2_state(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return dict(pair for name, tensor in state for pair in to_qwen2(name, tensor))
 
 
-def qwen2_settings(config: QWenConfig) -> dict[str, Any]:
-    """The config.json of the same model in Qwen2's layout.
+def fixed_rotary_base(config: QWenConfig, context: int) -> float:
+    """RoPE's base with the factor that dynamic NTK has for prompts of `context` tokens, for engines without it.
+
+    Raises:
+        QwenError: the model was trained without dynamic NTK, or on more tokens.
+    """
+    if context < config.seq_length:
+        raise QwenError(f"--context {context}: the model reads {config.seq_length} tokens as it is (seq_length)")
+    if context > config.seq_length and not config.use_dynamic_ntk:
+        raise QwenError(f"--context {context}: this checkpoint has no dynamic NTK, it reads {config.seq_length} tokens")
+    alpha = dynamic_ntk_alpha(torch.tensor([context]), config.seq_length).item()
+    return float(config.rotary_emb_base * alpha ** (config.kv_channels / (config.kv_channels - 2)))
+
+
+def qwen2_settings(config: QWenConfig, context: int | None = None) -> dict[str, Any]:
+    """The config.json of the same model in Qwen2's layout, RoPE stretched to `context` tokens where given.
 
     Raises:
         QwenError: the model has parts that Qwen2 lacks.
     """
+    base = float(config.rotary_emb_base) if context is None else fixed_rotary_base(config, context)
     if not config.no_bias:
         raise QwenError("this checkpoint has biases that Qwen2 does not know (no_bias is false)")
     if not config.scale_attn_weights:
@@ -106,13 +122,13 @@ def qwen2_settings(config: QWenConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "initializer_range": config.initializer_range,
         "intermediate_size": config.intermediate_size // 2,
-        "max_position_embeddings": config.seq_length,  # beyond it the two differ, so engines shall stop there
+        "max_position_embeddings": context or config.seq_length,  # engines shall stop where the two begin to differ
         "num_attention_heads": config.num_attention_heads,
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": config.num_attention_heads,
         "rms_norm_eps": config.layer_norm_epsilon,
-        "rope_parameters": {"rope_theta": float(config.rotary_emb_base), "rope_type": "default"},
-        "rope_theta": float(config.rotary_emb_base),  # where engines older than transformers 5 look
+        "rope_parameters": {"rope_theta": base, "rope_type": "default"},
+        "rope_theta": base,  # where engines older than transformers 5 look
         "tie_word_embeddings": False,
         "use_cache": True,
         "use_sliding_window": False,

@@ -16,7 +16,8 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 from transformers.utils import logging
 
-from .chatml import DEFAULT_SYSTEM, chat_template, encode_with_mask, template_system
+from .chat_template import chat_template, template_system
+from .chatml import DEFAULT_SYSTEM, encode_with_mask
 from .checkpoint import check_vocabulary, read_json
 from .errors import QwenError
 from .history import check_text, plain_messages
@@ -318,6 +319,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         chats = [plain_messages(each) for each in ([conversation] if single else conversation)]
         template = kwargs.get("chat_template") or self.chat_template
         other = template != chat_template(self.default_system)
+        other = other or any(m.get("tool_calls") or m["role"] in ("tool", "function") for each in chats for m in each)
         if not tokenize or args or kwargs.get("tools") or kwargs.get("documents") or other:
             kwargs.setdefault("sanitize_control_tokens", tokenize)
             return super().apply_chat_template(

@@ -17,6 +17,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from .chat import generate_replies, reply_config, reply_stops
+from .chat_template import DESCRIPTION, INSTRUCTION, JSON_HINT, KNOWN_ANSWER
 from .chatml import Message, Turn, encode_messages, history_window
 from .errors import QwenError, first_line
 from .react import ReactParser, ToolCall, join_deltas
@@ -25,28 +26,6 @@ if TYPE_CHECKING:
     from .tokenization_qwen import QWenTokenizer
 
 STOP_WORD = "Observation:"  # a reply goes no further: what follows is the tool's to say
-JSON_HINT = "Format the arguments as a JSON object."
-
-DESCRIPTION = (
-    "{name}: Call this tool to interact with the {human} API. What is the {human} API useful for? {description} "
-    "Parameters: {parameters}"
-)
-INSTRUCTION = """Answer the following questions as best you can. You have access to the following APIs:
-
-{descriptions}
-
-Use the following format:
-
-Question: the input question you must answer
-Thought: you should always think about what to do
-Action: the action to take, should be one of [{names}]
-Action Input: the input to the action
-Observation: the result of the action
-... (this Thought/Action/Action Input/Observation can be repeated zero or more times)
-Thought: I now know the final answer
-Final Answer: the final answer to the original input question
-
-Begin!"""
 
 
 # ---- tools ----
@@ -172,7 +151,7 @@ def render_messages(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> 
                     f"messages[{first_result}] is a tool's result, but messages[{first_result - 1}] calls none"
                 )
             else:
-                text = f"Thought: I now know the final answer.\nFinal Answer: {content}" if tools else content
+                text = KNOWN_ANSWER.format(answer=content) if tools else content
             if continued:
                 turns[-1]["content"] += f"\n{text}"
             else:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import bench_cpu
 from benchmarks.serving import Target, start
-from profiling.gguf_file import write_gguf
+from export_gguf import write_gguf
 from profiling.random_weights import ensure_random_checkpoint
 from profiling.rounded import ensure_rounded_checkpoint, round_weight
 from qwen import QwenError
@@ -155,7 +155,7 @@ def test_the_rounded_checkpoint_loads_and_is_near_the_original(tiny: Path, tmp_p
 def test_a_q4_0_file_dequantises_to_the_weights_within_a_step(tiny: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     plain, tokenizer = load_model_and_tokenizer(tiny, device="cpu", dtype="fp32")
-    reader = gguf.GGUFReader(write_gguf(tiny, tmp_path / "model.gguf", "q4_0", tokenizer))
+    reader = gguf.GGUFReader(write_gguf(tiny, tmp_path / "model.gguf", "q4_0", tokenizer, outer="bf16"))
     stored = {tensor.name: tensor for tensor in reader.tensors}
     weight = plain.transformer.h[0].mlp.w2.weight.detach()
     found = torch.tensor(gguf.dequantize(stored["blk.0.ffn_gate.weight"].data, gguf.GGMLQuantizationType.Q4_0))

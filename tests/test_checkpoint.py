@@ -201,8 +201,10 @@ print(model.chat(tokenizer, "hi", None, max_new_tokens=8, temperature=0)[0].enco
 def test_pushed_code_runs_without_this_project(tokenizer: QWenTokenizer, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoint"
     model = small_model().float()
+    model.generation_config.eos_token_id = [151645, 151643, 151644]
     model.save_pretrained(directory, push_code=True)
     tokenizer.save_pretrained(directory, push_code=True)
+    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == 151645  # for llama.cpp's converter
     (tmp_path / "run.py").write_text(IN_PLAIN_TRANSFORMERS)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}

@@ -8,7 +8,8 @@ import pytest
 
 import golden
 from qwen import QwenError, QWenTokenizer
-from qwen.chatml import build_prompt, chat_template, encode_messages, make_context, template_system
+from qwen.chat_template import chat_template, template_system
+from qwen.chatml import build_prompt, encode_messages, make_context
 from training.masks import encode_conversation
 from training.samples import Conversation, Message
 
@@ -71,6 +72,7 @@ def test_it_is_saved_and_can_be_edited(own: QWenTokenizer, tmp_path: Path) -> No
 def test_any_text_goes_into_the_template_and_back(system: str) -> None:
     template = chat_template(system)
     text = jinja2.Template(template).render(messages=[USER], add_generation_prompt=True)
-    assert text == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    told = system.replace("<|im_end|>", "< |im_end|>")  # the template's, so that it ends no message
+    assert text == f"<|im_start|>system\n{told}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert template_system(template) == system
     assert template_system(template + "{# mine #}") is None

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 import profile_inference
+from export_gguf import write_gguf
 from profiling import ceilings, random_weights
 from profiling.costs import ROWS, Row, bytes_per_token, prefill_flops, weight_bytes_per_token
-from profiling.gguf_file import write_gguf
 from profiling.measure import measure_model, random_ids, time_generation
 from profiling.peers import as_qwen2, check_llama_cpp, run_llama_cpp
 from profiling.random_weights import REGULAR_TOKENS, checkpoint_bytes, ensure_random_checkpoint
@@ -272,7 +272,7 @@ def test_llama_cpp_writes_the_same_tokens(demo_checkpoint: Path, tmp_path: Path)
         pytest.skip("llama-cpp-python is not installed")
     demo, tokenizer = load_model_and_tokenizer(demo_checkpoint, device="cpu", dtype="fp32")
     prompt = tokenizer.encode("The history of the lighthouse begins in the year")
-    file = write_gguf(demo_checkpoint, tmp_path / "demo.gguf", "fp32")
+    file = write_gguf(demo_checkpoint, tmp_path / "demo.gguf", "f32")
     job = {"model": str(file), "prompt": prompt, "after_prompt": 32, "context": 1, "lengths": [2],
            "threads": 1, "kv": "fp32", "on_gpu": False}  # fmt: skip
     assert run_llama_cpp(job, sys.executable)["tokens"] == time_generation(demo, prompt, 32)["tokens"]

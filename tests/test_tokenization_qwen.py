@@ -178,7 +178,8 @@ def test_chat_template_without_injection(tokenizer: QWenTokenizer) -> None:
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     control = [i for i in ids if i in tokenizer.special_ids]
     assert control == [151644, 151645, 151644, 151645, 151644]  # system, user, and the open assistant turn
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert [i for i in tokenizer.encode(text) if i in tokenizer.special_ids] == control  # as text it is harmless too
     assert [198, 271, 6023] == ids[ids.index(872) + 1 :][:3]  # the newline after the role is not merged with the text
     left_open = tokenizer.apply_chat_template(
         [*messages, {"role": "assistant", "content": "Sure"}], continue_final_message=True, return_dict=False
