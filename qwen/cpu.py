@@ -233,8 +233,7 @@ class CpuDecoder:
         tables = step.tables.data_ptr() + step.tables.stride(0) * step.tables.itemsize * torch.arange(len(step.counts))
         head = CPU_PAGE * self.config.kv_channels
         places = torch.empty(len(step.pool.layers), len(step.counts), 5, dtype=torch.int64)
-        for place, layer in zip(places, step.pool.layers, strict=True):
-            place[:, 0], place[:, 1] = layer[0].data_ptr(), layer[1].data_ptr()
+        places[:, :, :2] = step.pool.addresses[:, None]
         places[:, :, 2] = tables
         places[:, :, 3], places[:, :, 4] = self.config.num_attention_heads * head, head
         return places

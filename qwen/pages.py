@@ -70,6 +70,7 @@ class PagePool:
         self.limit = -(-limit // self.page_size)
         self.has_spare = self.page_size == GPU_PAGE  # page 0, for rows of recorded steps that nobody needs
         self.layers: list[Tensor] = [self._room(device, 0) for device in devices]  # each (2, pages, H, page_size, D)
+        self.addresses = torch.empty(0, 2, dtype=torch.long)  # of each layer's keys and values, for the CPU kernels
         self.free: list[int] = []
         if self.has_spare:
             self.limit += 1
@@ -110,6 +111,7 @@ class PagePool:
             larger = self._room(self.devices[i], new)
             larger[:, :old] = layer
             self.layers[i] = larger
+        self.addresses = torch.tensor([[part.data_ptr() for part in layer] for layer in self.layers])
         self.free += range(new - 1, max(old, self.has_spare) - 1, -1)
 
     def _room(self, device: torch.device, pages: int) -> Tensor:
