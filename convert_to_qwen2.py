@@ -55,13 +55,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.max_shard_size <= 0:
+    if not args.max_shard_size > 0:
         raise QwenError(f"--max-shard-size {args.max_shard_size}: give a size in GB, such as 2")
     source = find_checkpoint(args.checkpoint_path, args.hub, args.revision)
     if (source / "adapter_config.json").is_file():
         raise QwenError(f"{source} is an adapter: merge it first, with merge_lora.py, then convert the result")
     try:
-        with new_directory(args.output) as made:
+        needed = sum(path.stat().st_size for path in list_weight_files(source) if path.is_file())
+        with new_directory(args.output, needed) as made:
             (convert_back if args.back else convert)(source, made, args.max_shard_size * GB)
     except SafetensorError as error:
         raise QwenError(f"{args.output} can't be written ({error}): free some space, then start again") from error

@@ -9,6 +9,7 @@ finetune/*.sh start it on all GPUs of one or several machines; finetune/README.m
 import os
 import random
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.utils import logging
 from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
 from qwen.errors import QwenError
+from qwen.paths import check_space
 from training.arguments import Settings, TrainingArguments, parse_settings, stage
 from training.checkpoints import check_output, check_same_run, find_resumable, identify_base
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
@@ -29,7 +31,7 @@ from training.read import Source, check_notes
 from training.report import describe_dataset, print_report
 from training.samples import Notes, Text
 from training.trainer import QwenTrainer
-from utils import DTYPES, find_checkpoint, load_config, run_script
+from utils import DTYPES, find_checkpoint, load_config, run_script, weight_bytes
 
 ROOT = Path(__file__).resolve().parent
 
@@ -75,6 +77,8 @@ def train(settings: Settings) -> int:
     with training.main_process_first(local=True, desc="download"):
         directory = find_checkpoint(settings.model.model_name_or_path, settings.model.hub, settings.model.revision)
     check_source(directory, settings.lora)
+    if not settings.lora.use_lora:
+        check_space(Path(training.output_dir), weight_bytes(load_config(directory), DTYPES[training.precision]))
     tokenizer = load_tokenizer(directory, settings)
     datasets = [
         make_dataset(each, tokenizer, settings, given) for each, given in zip(conversations, names, strict=False)
@@ -161,8 +165,10 @@ def prepare_output(training: TrainingArguments) -> Path:
     output = Path(training.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
-        raise QwenError(f"--output_dir {output} can't be made ({error.strerror}): give another directory") from error
+        raise QwenError(f"--output_dir {output} can't be written ({error.strerror}): give another directory") from error
     return output
 
 
