@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.max_shard_size <= 0:
+    if not args.max_shard_size > 0:
         raise QwenError(f"--max-shard-size {args.max_shard_size}: give a size in GB, such as 2")
     if args.back and args.context is not None:
         raise QwenError("--context is for the way to Qwen2's layout: leave it out with --back")
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     if (source / "adapter_config.json").is_file():
         raise QwenError(f"{source} is an adapter: merge it first, with merge_lora.py, then convert the result")
     try:
-        with new_directory(args.output) as made:
+        needed = sum(path.stat().st_size for path in list_weight_files(source) if path.is_file())
+        with new_directory(args.output, needed) as made:
             if args.back:
                 convert_back(source, made, args.max_shard_size * GB)
             else:

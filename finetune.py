@@ -9,6 +9,7 @@ finetune/*.sh start it on all GPUs of one or several machines; finetune/README.m
 import os
 import random
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from demo_checkpoint import ensure_demo_checkpoint
 from qwen import QWenTokenizer
 from qwen.errors import QwenError
+from qwen.paths import check_space
 from training.arguments import PREFERENCES, Settings, TrainingArguments, parse_settings, stage
 from training.checkpoints import check_output, check_same_run, find_resumable, identify_base
 from training.data import LazyDataset, PackedDataset, PaddingCollator, TokenDataset, collate, pack, tokenize
@@ -33,7 +35,7 @@ from training.read import Source, check_notes
 from training.report import describe_dataset, print_report
 from training.samples import Notes, Text
 from training.trainer import CheckpointedTrainer, QwenTrainer
-from utils import DTYPES, find_checkpoint, load_config, run_script
+from utils import DTYPES, find_checkpoint, load_config, run_script, weight_bytes
 
 ROOT = Path(__file__).resolve().parent
 
@@ -81,6 +83,9 @@ def train(settings: Settings) -> int:
         conversations, names = hold_out(conversations[0], data.val_size, training.seed), [data.data_path] * 2
     with training.main_process_first(local=True, desc="download"):
         start = find_start(settings)
+    if not settings.lora.use_lora:
+        needed = weight_bytes(load_config(start.base), DTYPES[training.precision])
+        check_space(Path(training.output_dir), needed)
     check_output(output, str(start.base), adapter)
     tokenizer = load_tokenizer(start, settings)
     datasets = [
@@ -195,8 +200,10 @@ def prepare_output(training: TrainingArguments) -> Path:
     output = Path(training.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
-        raise QwenError(f"--output_dir {output} can't be made ({error.strerror}): give another directory") from error
+        raise QwenError(f"--output_dir {output} can't be written ({error.strerror}): give another directory") from error
     return output
 
 

@@ -24,6 +24,7 @@ from utils import (
     load_model_and_tokenizer,
     load_model_for_training,
     run_script,
+    weight_bytes,
 )
 
 
@@ -48,14 +49,17 @@ def main(argv: list[str] | None = None) -> None:
     check_mergeable(adapter, settings)
     check_shard_size(args.max_shard_size)
     base = find_base(adapter, settings, args.base)
-    dtype = load_config(base).dtype if args.dtype == "auto" else DTYPES[args.dtype]
+    config = load_config(base)
+    dtype = (config.dtype if args.dtype == "auto" else DTYPES[args.dtype]) or torch.float32
     try:
         from qwen.lora import load_adapter
     except ImportError:
         raise QwenError("merging needs the package peft: pip install -r requirements_finetune.txt") from None
     # In float32, rounded once at the end: as close to base plus adapter as the saved precision can be.
     try:
-        with new_directory(args.output) as made:  # before the weights are loaded: it may not be writable
+        with new_directory(
+            args.output, weight_bytes(config, dtype)
+        ) as made:  # before the weights are loaded: it may not be writable
             if settings.get("task_type") == "SEQ_CLS":  # of a reward model
                 model = load_model_for_training(base, torch.float32, {"": "cpu"}, kind=QWenForSequenceClassification)
                 tokenizer = QWenTokenizer.from_pretrained(base)
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             model, tokenizer = load_adapter(adapter, model, tokenizer, str(base))
             print(f"Merging {adapter} into {base} ...", file=sys.stderr)
             merged = model.merge_and_unload(safe_merge=True, progressbar=sys.stderr.isatty())
-            merged.to(dtype or torch.float32).save_pretrained(made, max_shard_size=args.max_shard_size)
+            merged.to(dtype).save_pretrained(made, max_shard_size=args.max_shard_size)
             tokenizer.save_pretrained(made)
     except SafetensorError as error:
         raise QwenError(f"{args.output} can't be written ({error}): free some space, then merge again") from error

@@ -29,16 +29,18 @@ from qwen.chatml import encode_messages
 from qwen.checkpoint import check_architecture, list_weight_files
 from qwen.gptq import quantize_weight
 from qwen.int4 import Int4Linear, group_index, pack_words
-from qwen.paths import replacing
+from qwen.paths import check_space, replacing
 from training.read import read_conversations
 from utils import (
     DTYPE_NAMES,
+    DTYPES,
     add_model_arguments,
     choose_device,
     find_checkpoint,
     load_config,
     load_model_and_tokenizer,
     run_script,
+    weight_bytes,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -81,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     group_size = check_source(source, args)
     prepare_output(args.output)
     dtype = source_dtype(source, args.dtype)
+    if not any(partial_directory(args.output).glob("layer-*")):  # else a part of it is written
+        check_space(args.output, output_bytes(source, DTYPES[dtype], args.bits, group_size))
     model, tokenizer = load_model_and_tokenizer(source, device="cpu", dtype=dtype, attn=args.attn)
     ids = calibration_ids(args.calibration, tokenizer)
     calibration, held_out = split_samples(ids, args.max_length, args.samples, args.calibration)
@@ -145,6 +149,14 @@ def source_dtype(directory: Path, dtype: str) -> str:
     """The precision to hold the checkpoint in: its own, unless told otherwise."""
     own = DTYPE_NAMES.get(load_config(directory).dtype, "bf16")
     return own if dtype == "auto" else dtype
+
+
+def output_bytes(directory: Path, dtype: torch.dtype, bits: int, group_size: int) -> int:
+    """Size of the quantised weights: of the layers, which are kept until all is done, and of the checkpoint."""
+    config = load_config(directory)
+    config.quantization_config = {"quant_method": "gptq", "bits": bits, "group_size": group_size}
+    whole = weight_bytes(config, dtype)
+    return whole + whole - 2 * config.vocab_size * config.hidden_size * dtype.itemsize
 
 
 def prepare_output(output: Path) -> None:

@@ -31,15 +31,27 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def check_space(path: Path, needed: int) -> None:
+    """QwenError if the disk that `path` is on, or will be, has less than `needed` bytes free."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise QwenError(
+            f"{path} needs {needed / 2**20:,.1f} MiB, and its disk has {free / 2**20:,.1f} MiB free: free some "
+            "space, or give another directory"
+        )
+
+
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, needed: int = 0) -> Iterator[Path]:
     """An empty directory beside `path` to fill; when the body ends well it becomes `path`, otherwise it is deleted.
 
     Raises:
-        QwenError: `path` exists and is not an empty directory, or nothing can be written there.
+        QwenError: `path` exists and is not an empty directory, nothing can be written there, or not `needed` bytes.
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise QwenError(f"{path} exists and is not empty: give another directory, or delete it")
+    check_space(path, needed)
     draft = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.partial")
     try:
         draft.mkdir(parents=True)

@@ -12,6 +12,8 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_qwen.QWenConfig",
         "AutoModel": "modeling_qwen.QWenModel",
         "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+        "AutoModelForSequenceClassification": "classification.QWenForSequenceClassification",
+        "AutoModelForTokenClassification": "classification.QWenForTokenClassification",
     },
     "tokenizer_config.json": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
 }
@@ -23,7 +25,7 @@ def push_code_to(directory: str | os.PathLike) -> None:
     Within this project the copies are never run: the installed package wins.
     """
     here = Path(__file__).parent
-    for entry in (here / "modeling_qwen.py", here / "tokenization_qwen.py"):
+    for entry in (here / "modeling_qwen.py", here / "classification.py", here / "tokenization_qwen.py"):
         for module in (str(entry), *get_relative_import_files(str(entry))):
             shutil.copy(module, directory)
     for name, auto_map in AUTO_MAPS.items():

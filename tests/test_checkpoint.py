@@ -188,8 +188,10 @@ def test_saved_directory_reloads_and_serves_other_engines(tmp_path: Path) -> Non
 
 IN_PLAIN_TRANSFORMERS = """
 import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 path = sys.argv[1]
+scorer = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, trust_remote_code=True)
+assert scorer.score.weight.shape[0] == 1
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 assert "qwen" not in sys.modules

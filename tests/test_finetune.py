@@ -460,7 +460,7 @@ def test_loss_that_is_no_number_stops_the_run(work: dict[str, str], monkeypatch:
         ({"loss_on": "user"}, "--loss_on.*: invalid choice: 'user'"),
         ({"lora_alfa": 8}, "--lora_alfa is no flag: did you mean --lora[_-]alpha"),
         ({"max_steps": "many"}, "--max_steps.*: invalid int value: 'many'"),
-        ({"output_dir": __file__}, "--output_dir .* can't be made"),
+        ({"output_dir": __file__}, "--output_dir .* can't be written"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere is no checkpoint"),
         ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16"),
         ({"deepspeed": "nowhere.json"}, "package deepspeed|is no JSON file"),

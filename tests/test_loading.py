@@ -113,10 +113,12 @@ ENTRY_POINTS = {
     "cli": ["cli_demo.py", "--cpu-only"],
     "page": ["web_demo.py", "--cpu-only", "--server-name", "256.0.0.1"],  # no such address: ends after loading
     "server": ["openai_api.py", "--cpu-only", "--server-name", "256.0.0.1"],
-    "quantise": ["quantize.py", "--cpu-only", "--group-size", "32", "--samples", "2", "-o", "OUT"],
+    "quantise": ["quantize.py", "--cpu-only", "--group-size", "32", "--samples", "2", "-o", "OUT",
+                 "--max-length", "64"],
     "convert": ["convert_to_qwen2.py", "-o", "OUT"],
-    "eval": ["eval/evaluate_ppl.py", "--cpu-only", "-d", "TEXT"],
+    "eval": ["eval/evaluate_ppl.py", "--cpu-only", "--text", "TEXT", "--lengths", "64"],
     "profile": ["profile_inference.py", "--cpu-only"],
+    "merge": ["merge_lora.py", "-o", "OUT"],
     "check_data": ["finetune.py", "--check_data", "DATA", "--use_cpu", "True"],
     "finetune": [
         "finetune.py", "-d", "DATA", "--output_dir", "OUT", "--max_steps", "1", "--use_cpu", "True", "--fp32", "True",
@@ -133,10 +135,18 @@ def test_no_entry_point_runs_code_or_asks(bombs: tuple[Path, Path], tmp_path: Pa
     (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     places = {"OUT": tmp_path / "out", "TEXT": tmp_path / "text.txt", "DATA": tmp_path / "data.jsonl"}
     command = [str(places.get(word, word)) for word in ENTRY_POINTS[entry]]
+    if entry == "merge":
+        base, directory = directory, adapter(directory, tmp_path / "adapter")
+        for name in CODE_FILES:
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copy(base / name, directory / name)
     try:
         done = subprocess.run([sys.executable, *command, "-c", str(directory)], cwd=ROOT, input="y\ny\n",
                               capture_output=True, text=True, timeout=60)  # fmt: skip
         said = done.stdout + done.stderr
+        if entry in ("cli", "merge", "quantise", "convert", "eval", "check_data", "finetune"):
+            assert done.returncode == 0, said
+        assert "Traceback" not in said
     except subprocess.TimeoutExpired as late:  # long past loading
         said = f"{late.stdout or b''!r}{late.stderr or b''!r}"
     assert "[y/N]" not in said and "trust_remote_code" not in said
