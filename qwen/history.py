@@ -25,7 +25,7 @@ def plain_text(content: Any, name: str) -> str:
     """
     if isinstance(content, str):
         return content
-    if not isinstance(content, (list, tuple)) or not content:
+    if not isinstance(content, (list, tuple)):
         raise QwenError(f"{name} is {short(content)} and should be a text, or a list of text parts")
     texts = []
     for part in content:

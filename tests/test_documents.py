@@ -284,3 +284,17 @@ def test_langchain_notebook(tokenizer: QWenTokenizer) -> None:
         printed = execute_notebook(EXAMPLES / "langchain_tooluse.ipynb", OPENAI_BASE_URL=f"{address}/v1",
                                    OPENAI_API_KEY="none", QUESTION=question)  # fmt: skip
     assert "'name': 'population'" in printed and "2746984" in printed and "2,746,984 people." in printed
+
+
+def test_processes_share_the_questions(
+    brief_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As torchrun sets the variables: each process answers its share, into one file."""
+    questions, answers = tmp_path / "questions.txt", tmp_path / "answers.jsonl"
+    questions.write_text("Hi\nWhat is 2 + 2?\nName a colour.\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in ((0, 2), (1, 3), (1, 3)):
+        monkeypatch.setenv("RANK", str(rank))
+        run_example("batch_inference", "-c", brief_demo, questions, answers, "--max-new-tokens", 4, "--cpu-only")
+        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        assert len(rows) == len({row["question"] for row in rows}) == lines
