@@ -68,6 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="longest reply where a request sets no limit (default: %(default)s)")  # fmt: skip
     limits.add_argument("--max-n", type=int, default=8, metavar="N", help="largest n (default: %(default)s)")
     limits.add_argument("--max-messages", type=int, default=1024, metavar="N", help="messages of a chat")
+    limits.add_argument("--max-stored", type=int, default=256, metavar="N",
+                        help="responses kept for previous_response_id, in memory; 0 keeps none")  # fmt: skip
     limits.add_argument("--max-body-mib", type=float, default=8.0, metavar="MIB", help="size of a request")
     limits.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="for a request, waiting included"
@@ -109,6 +111,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         cors_origins=args.cors_origin,
         max_body=int(args.max_body_mib * 2**20),
         max_messages=args.max_messages,
+        max_stored=args.max_stored,
         max_n=args.max_n,
         max_new_tokens=args.max_new_tokens,
         log_prompts=args.log_prompts,

@@ -14,10 +14,13 @@ from .chat import collect_chat, stream_chat
 from .completions import CompletionPlan, collect_completion, plan_completion, stream_completion
 from .errors import ApiError, add_error_handlers
 from .gate import OPEN_PATHS, Gate
+from .messages import add_messages_routes
+from .ollama import add_ollama_routes
 from .parameters import StreamOptions
 from .plan import ChatPlan, plan_chat
 from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .replies import Replies, UsageWanted
+from .responses import add_responses_routes
 from .server import Server
 from .streams import EVENTS, schema_headers, stream_response, until_left, whole_response
 from .tokenizing import detokenize, tokenize, tokenizer_info
@@ -60,6 +63,10 @@ def create_app(server: Server) -> FastAPI:
     )  # fmt: skip
     add_error_handlers(app)
     add_generation_routes(app, server)
+    others: dict[int | str, Any] = {status: {"description": error["description"]} for status, error in ERRORS.items()}
+    add_messages_routes(app, server, others)  # their errors have forms of their own
+    add_ollama_routes(app, server, others)
+    add_responses_routes(app, server, ERRORS)
     add_plain_routes(app, server)
     tidy_description(app)
     app.add_middleware(Gate, server=server)

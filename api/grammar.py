@@ -15,7 +15,7 @@ from qwen import QwenError, QWenTokenizer
 from qwen.react import ACTION, ANSWER, INPUT, OBSERVATION, THOUGHT, ReactParser
 from qwen.tools import Tool
 
-from .schemas import Schema, check_ends, find_fault, json_rule, left_out
+from .schemas import Schema, check_ends, find_fault, json_rule, largest, left_out
 
 MOST_ITEMS = 8000  # alternatives at one place of a grammar; more would hold up all who are served
 TRIAL_STEPS = 6  # tokens that are tried before a reply begins: grammars that are too large fail there
@@ -183,6 +183,9 @@ class Grammars:
             matcher = LLMatcher(self._make_vocabulary(), grammar, log_level=0, limits=limits)
             return matcher.is_error() or Constraint(matcher).attempt() is not None
 
+        if "max is" in reason and schemas:
+            pointer, size = max((largest(schema) for schema in schemas.values()), key=lambda found: found[1])
+            return QwenError(f"the schema can't be used: {pointer} has too many alternatives ({size:,}): {reason}")
         for name, schema in schemas.items():
             if fails(schema):
                 pointer, value = find_fault(schema, fails)

@@ -35,6 +35,7 @@ class ChatPlan:
     custom: frozenset[str] = frozenset()  # tools that take free text
     stops: frozenset[str | int] = frozenset()  # that the client named
     echo: str = ""  # what the client wants to see before the reply
+    shaped: bool = False  # an answer, where there is one, fits a schema or another form
     left_out: Sequence[str] = ()  # words of schemas that no grammar holds
     check: Check | None = None  # what an answer breaks of a strict schema, as far as the grammar did not see to it
 
@@ -114,7 +115,7 @@ def plan_chat(server: Server, body: ChatRequest) -> ChatPlan:
         1 if older_form or body.parallel_tool_calls is False else None,
         frozenset(toolbox.custom), frozenset([*(body.stop or []), *(body.stop_token_ids or [])]),
         body.messages[-1].plain()["content"] if body.echo and body.continues else "",
-        left_out, make_check(body, left_out),
+        bool(body.formats), left_out, make_check(body, left_out),
     )  # fmt: skip
 
 

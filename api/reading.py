@@ -66,6 +66,9 @@ class ReplyReader:
         deltas, self.pending = [*self.pending, *self.parser.push(update.text)], []
         if update.finish_reason is not None:
             deltas += self.parser.close()
+        if self.plan.shaped and any(delta.call is not None for delta in deltas):
+            # Clients read whatever is content as the answer in its shape: a thought before a call is none.
+            deltas = [replace(delta, text="") for delta in deltas]
         pieces = [piece for delta in deltas for piece in self._translate(delta)]
         return pieces + (self._close_custom() if update.finish_reason is not None else [])
 

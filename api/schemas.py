@@ -130,6 +130,17 @@ def subschemas(schema: Any, pointer: str = "") -> Iterator[tuple[str, dict[str, 
     yield pointer, schema
 
 
+def largest(schema: Schema) -> tuple[str, int]:
+    """The JSON pointer of the word with the most entries, and how many it has."""
+    sizes = [
+        (f"{pointer}/{escape(word)}", len(value))
+        for pointer, part in subschemas(schema)
+        for word, value in part.items()
+        if isinstance(value, (dict, list))
+    ]
+    return max(sizes, key=lambda found: found[1], default=("/", 0))
+
+
 def find_fault(schema: Schema, fails: Callable[[Schema], bool]) -> tuple[str, Any]:
     """The JSON pointer of the innermost word that makes a schema unusable, and its value."""
     shared = {word: schema[word] for word in ("$defs", "definitions") if isinstance(schema, dict) and word in schema}

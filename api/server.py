@@ -33,6 +33,7 @@ class Settings:
     max_new_tokens: int = 1024  # of a reply whose request does not say
     keep_alive: float = 15.0  # seconds between comments in a stream that has nothing to say
     log_prompts: bool = False
+    max_stored: int = 256  # responses that are kept for /v1/responses
     lenient: bool = False  # unknown parameters are passed over
     log_json: bool = False  # a line of JSON for each request
     root_path: str = ""  # what a proxy puts before the paths

@@ -49,7 +49,11 @@ def address(server: Server) -> Iterator[str]:
 
 OPERATIONS = [
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+    ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"), ("POST", "/v1/responses"),
+    ("POST", "/v1/responses/{name}/cancel"), ("POST", "/api/chat"), ("POST", "/api/generate"), ("POST", "/api/show"),
     ("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/health"), ("GET", "/metrics"),
+    ("GET", "/v1/responses/{name}"), ("GET", "/v1/responses/{name}/input_items"), ("DELETE", "/v1/responses/{name}"),
+    ("GET", "/api/tags"), ("GET", "/api/ps"), ("GET", "/api/version"), ("GET", "/tokenizer_info"),
 ]  # fmt: skip
 
 
