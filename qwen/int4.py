@@ -8,8 +8,9 @@ The tensors of an official Int4 directory, for a layer with `in` inputs and `out
     g_idx   (in,) int32   the group of each input; i // G unless inputs were reordered ("act order")
     bias    (out,)
 
-PyTorch's int4 kernels compute exactly this from a layout of their own. It replaces `qweight` in memory when a layer is
-first used for few rows, so that nothing is held twice; `state_dict` gives the official tensors all the same.
+On NVIDIA GPUs with Triton, kernels of our own read these very tensors, for any number of rows (int4_triton.py).
+Elsewhere PyTorch's int4 kernels compute the same from a layout of their own. It replaces `qweight` in memory when a
+layer is first used for few rows, so that nothing is held twice; `state_dict` gives the official tensors all the same.
 """
 
 import warnings
@@ -28,7 +29,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .configuration_qwen import GROUP_SIZES, TORCH_GPTQ, torch_reads
 from .errors import QwenError
 
-FEW_ROWS = 16  # from here on, one dense product with the dequantised weight is faster
+# From so many rows on, one dense product with the dequantised weight is faster than PyTorch's kernel. That of a GPU
+# reads all weights once for every 16 rows, the dense product some ten times as many octets for any number of rows.
+FEW_ROWS = {"cpu": 16, "cuda": 129}
 
 
 class Int4Linear(nn.Module):
@@ -56,7 +59,9 @@ class Int4Linear(nn.Module):
         self.register_buffer("g_idx", torch.zeros(in_features, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         # No buffers, for accelerate would offload them, and they come and go.
+        self.in_triton = False
         self.packed: Tensor | None = None  # the numbers as the kernel reads them
+        self.layout: KernelLayout | None = None  # of these
         self.packed_scales: Tensor | None = None  # (groups, out, 2): scales and offsets
         self.register_state_dict_post_hook(_add_qweight)
 
@@ -68,17 +73,30 @@ class Int4Linear(nn.Module):
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
             return _DequantisedProduct.apply(x, self)
-        layout = None if rows >= FEW_ROWS else self.choose_kernel()
-        if layout is None:
+        few = rows < FEW_ROWS.get(x.device.type, 0)
+        if not torch.compiler.is_compiling():  # what is traced takes what was chosen when the model was loaded or ran
+            self.get_ready(pack=few)
+        if self.in_triton:
+            y = torch.ops.qwen.gptq_product(x.reshape(-1, self.in_features), self.qweight, self.scales, self.bias,
+                                            self.bits, self.group_size)  # fmt: skip
+            return y.view(*x.shape[:-1], self.out_features)
+        if self.packed is None or not few:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantize(x.dtype), bias)
-        if self.packed is None:
-            self._pack(layout)
         # bf16 within: the kernels are fast in no other type.
-        y = layout.multiply(x.reshape(-1, self.in_features).bfloat16(), self.packed, self.group_size,
-                            self.packed_scales)  # fmt: skip
+        y = multiply(x.reshape(-1, self.in_features).bfloat16(), self.packed, self.group_size, self.packed_scales)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def get_ready(self, pack: bool = True) -> bool:
+        """Choose a kernel and take its layout; whether there is one. Before `torch.compile`, which can't trace this."""
+        self.in_triton = self.packed is None and triton_works(self.scales.device, self.bits, self.group_size)
+        if self.in_triton:
+            return True
+        layout = self.choose_kernel()
+        if layout is not None and self.packed is None and pack:
+            self._pack(layout)
+        return layout is not None
 
     def choose_kernel(self) -> "KernelLayout | None":
         """PyTorch's int4 kernel where it works for this layer and device; None means dequantise at each call."""
@@ -93,8 +111,10 @@ class Int4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in)."""
+        if self.packed is None and triton_works(self.scales.device, self.bits, self.group_size):
+            return torch.ops.qwen.gptq_dense(self.qweight, self.scales, self.bits, self.group_size, dtype).T
         if self.packed is not None:
-            numbers = self.choose_kernel().unpack(self.packed, self.out_features, self.in_features)
+            numbers = self.layout.unpack(self.packed, self.out_features, self.in_features)
         else:
             numbers = unpack_words(self.qweight, self.bits)
         # Below zero uint8 wraps around to the same octets as int8.
@@ -117,6 +137,7 @@ class Int4Linear(nn.Module):
 
     def _pack(self, layout: "KernelLayout") -> None:
         scales = self.scales.bfloat16()
+        self.layout = layout
         self.packed_scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1)
         # Piece by piece: the conversion wants eight times the room of what it makes.
         pieces = self.qweight.split(512, dim=1)
@@ -130,7 +151,7 @@ class Int4Linear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "qweight" and "qweight" not in self._buffers and self.packed is not None:
-            return pack_words(self.choose_kernel().unpack(self.packed, self.out_features, self.in_features), self.bits)
+            return pack_words(self.layout.unpack(self.packed, self.out_features, self.in_features), self.bits)
         return super().__getattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Int4Linear":
@@ -188,6 +209,15 @@ def pack_words(numbers: Tensor, bits: int) -> Tensor:
     return torch.where(words < 2**31, words, words - 2**32).int()
 
 
+def triton_works(device: torch.device, bits: int, group_size: int) -> bool:
+    """Whether the kernels of int4_triton.py run on a device; tried once for each kind of layer."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from .int4_triton import works_on
+
+    return works_on(str(device), bits, group_size)
+
+
 # ---- PyTorch's int4 kernels ----
 
 
@@ -211,11 +241,12 @@ class KernelLayout(NamedTuple):
         tiles = numbers.view(out_features // self.rows, in_features // self.columns, self.rows, self.columns)
         return tiles.permute(1, 3, 0, 2).reshape(in_features, out_features)
 
-    def multiply(self, x: Tensor, packed: Tensor, group_size: int, scales: Tensor) -> Tensor:
-        """x (rows, in) bf16 times the weight: (rows, out) bf16."""
-        if x.device.type == "cuda":
-            return torch.ops.aten._weight_int4pack_mm(x, packed, group_size, scales)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales)
+
+def multiply(x: Tensor, packed: Tensor, group_size: int, scales: Tensor) -> Tensor:
+    """x (rows, in) bf16 times a packed weight: (rows, out) bf16."""
+    if x.device.type == "cuda":
+        return torch.ops.aten._weight_int4pack_mm(x, packed, group_size, scales)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales)
 
 
 def halves(packed: Tensor, octets: int) -> Tensor:
@@ -266,7 +297,7 @@ def _multiplies_right(layout: KernelLayout, numbers: Tensor) -> bool:
     scales[..., 1] = 0
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(numbers.device).bfloat16()
     expected = x.float() @ (numbers.float() - 8).T * 0.25
-    error = layout.multiply(x, layout.pack(numbers), 128, scales).float() - expected
+    error = multiply(x, layout.pack(numbers), 128, scales).float() - expected
     return bool(error.abs().max() < 0.02 * expected.abs().max())
 
 
@@ -327,8 +358,10 @@ def describe_kernel(model: nn.Module) -> str:
     layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
     if not layers:
         return ""
-    with_kernel = sum(layer.choose_kernel() is not None for layer in layers)
-    kernel = "torch kernel" if with_kernel == len(layers) else "dequantised at each step"
+    if not all([layer.get_ready(pack=False) for layer in layers]):
+        kernel = "dequantised at each step"
+    else:
+        kernel = "Triton kernel" if all(layer.in_triton for layer in layers) else "torch kernel"
     return f"Int{layers[0].bits} ({kernel})"
 
 
@@ -363,11 +396,11 @@ class TorchGPTQ(HfQuantizer):
         slow = 0
         for module in model.modules():
             if isinstance(module, Int4Linear):
-                slow += module.choose_kernel() is None
+                slow += not module.get_ready(pack=False)
         if slow:
             bits = self.quantization_config.bits
             warnings.warn(
-                f"PyTorch has no Int{bits} kernel here for {slow} layers: they are dequantised at every step, "
+                f"there is no Int{bits} kernel here for {slow} layers: they are dequantised at every step, "
                 "which is slow", stacklevel=2,
             )  # fmt: skip
         return model

@@ -490,7 +490,11 @@ def process(kind: str, **settings: Any) -> Iterator[Callable]:
     if compiler() is None or sys.platform != "linux" or torch.cuda.is_available():
         pytest.skip("a pretended GPU needs Linux, a C++ compiler, and a build of PyTorch that finds no GPU")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(kind, settings)) as pool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # before Triton is imported there
+        pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(kind, settings))
+        pool.submit(int).result()
+    with pool:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 

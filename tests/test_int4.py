@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import golden
+import qwen.int4
 import utils
 from qwen import QWenConfig, QwenError, QWenLMHeadModel
 from qwen.int4 import Int4Linear, group_index, pack_words, unpack_words
@@ -203,9 +204,34 @@ def test_gradients_flow_to_the_inputs() -> None:
     torch.testing.assert_close(x.grad[0], torch.tensor(dequantize_one_by_one(layer)).sum(0))
 
 
+def test_layer_traces_whole() -> None:
+    """Few rows, many, and few again: what was chosen when the layer first ran is no part of what is traced."""
+    layer = random_layer(128, 64, bias=True)
+    traced = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        layer(torch.ones(1, 128))
+        for rows in (1, 15, 40, 1):
+            x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows))
+            torch.testing.assert_close(traced(x), layer(x), rtol=0, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA GPU")
-def test_kernel_of_the_gpu() -> None:
+@pytest.mark.parametrize("rows", [1, 16, 40, 200, 1100])
+def test_triton_kernel_of_the_gpu(rows: int) -> None:
+    layer = random_layer(512, 192, group_size=128)
+    weight, x = layer.dequantize(torch.float32), torch.randn(rows, 512, generator=torch.Generator().manual_seed(0))
+    layer.to("cuda")
+    with torch.no_grad():
+        assert relative_error(layer(x.cuda()).cpu(), x @ weight.T) < 0.01
+    assert layer.in_triton
+    torch.testing.assert_close(layer.dequantize(torch.float32).cpu(), weight, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA GPU")
+def test_kernel_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qwen.int4, "triton_works", lambda *_: False)
     layer = random_layer(512, 192, group_size=128)
     weight, x = layer.dequantize(torch.float32), torch.randn(3, 512)
     layer.to("cuda")
