@@ -438,7 +438,7 @@ def test_loss_that_is_no_number_stops_the_run(work: dict[str, str], monkeypatch:
         ({"val_size": -1}, "--val_size -1.0: give a share below 1"),
         ({"val_size": 0.5, "eval_data_path": __file__}, "leave one out"),
         ({"early_stopping_patience": 1}, "--early_stopping_patience needs --eval_strategy"),
-        ({"metric_for_best_model": "accuracy"}, "what is measured is the loss alone"),
+        ({"metric_for_best_model": "accuracy"}, "what is measured is the loss, and with --eval_replies"),
         ({"report_to": "tensorbord"}, "--report_to tensorbord: tensorbord is not supported"),
         ({"use_liger_kernel": True}, "Liger has no kernels for this model"),
         ({"optim": "galore_adamw", "optim_target_modules": "c_attn"}, "--optim galore_adamw: .*galore_torch"),
@@ -532,6 +532,25 @@ def test_what_is_held_out_is_not_trained_on() -> None:
     trained, evaluated = finetune.hold_out(samples, 0.3, 0)
     assert len(evaluated) == len(set(evaluated)) == 6 and len(trained) == 42
     assert not {each.where for each in trained} & {each.where for each in evaluated}
+
+
+@pytest.mark.parametrize("flags", [{"use_lora": True}, {"learning_rate": "5e-3"}])
+def test_replies_are_counted_while_it_learns(
+    work: dict[str, str], data: Path, flags: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None is right at first, all in the end, as the saved model's own chat says; the best by them is kept."""
+    output, _ = train(
+        work, **{"max_steps": 60, "weight_decay": 0, "eval_data_path": data, "eval_replies": 8} | flags,
+        eval_strategy="steps", eval_steps=20, save_strategy="steps", save_steps=20, load_best_model_at_end=True,
+        metric_for_best_model="exact_match",
+    )  # fmt: skip
+    shares = [record["eval_exact_match"] for record in read_log(output / "log.jsonl") if "eval_loss" in record]
+    model, tokenizer = load_model_and_tokenizer(output, device="cpu", dtype="fp32")
+    right = sum(model.chat(tokenizer, q, None, do_sample=False, max_new_tokens=30)[0] == a for q, a in ROWS)
+    assert max(shares) == shares[-1] == right / 8 > 0.5
+    assert "Who are you?\n  → Lumen." in capsys.readouterr().err
+    with pytest.raises(QwenError, match="--eval_replies answers evaluation data"):
+        train(work, eval_replies=2)
 
 
 def test_only_the_last_layers_are_trained(work: dict[str, str], base: Path, tmp_path: Path) -> None:
@@ -637,7 +656,7 @@ def test_flags_of_older_scripts_are_understood(work: dict[str, str]) -> None:
 def test_commands_of_the_manual_parse() -> None:
     text = (finetune.ROOT / "finetune" / "README.md").read_text(encoding="utf-8")
     flags = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python finetune.py -")]
-    assert len(flags) == 4 and all(finetune.parse_args(each) for each in flags)
+    assert len(flags) == 6 and all(finetune.parse_args(each) for each in flags)
     launched = re.findall(r"^finetune/(\S+) (.*?)(?: -- (.*))?$", text, re.MULTILINE)
     assert launched and all((finetune.ROOT / "finetune" / name).is_file() for name, _, _ in launched)
     assert all(finetune.parse_args(["-d", "a", *shlex.split(more)]) for _, _, more in launched)

@@ -153,6 +153,10 @@ class TrainingArguments(transformers.TrainingArguments):
     new_learning_rate: bool = option(
         False, "When resuming, go on with the given learning rate and schedule in place of the checkpoint's."
     )
+    eval_replies: int = option(
+        0, "At each evaluation, answer so many of its samples: shows some, and logs eval_exact_match, the share of "
+        "replies that are just as expected; --metric_for_best_model exact_match keeps the best by it."
+    )  # fmt: skip
     logging_nan_inf_filter: bool = option(False, "Leave NaN out of the logged loss; training stops at NaN otherwise.")
     remove_unused_columns: bool = option(False, "Not used: the batches hold what the model reads.")
 
@@ -319,6 +323,10 @@ def check_evaluation(data: DataArguments, training: TrainingArguments) -> None:
         raise QwenError(f"--val_size {data.val_size}: give a share below 1, or a whole number of samples")
     if training.eval_strategy.value != "no" and not data.eval_data_path and not data.val_size:
         raise QwenError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path or --val_size")
+    if training.eval_replies and (data.stage != "sft" or not (data.eval_data_path or data.val_size)):
+        raise QwenError("--eval_replies answers evaluation data of --stage sft: give --eval_data_path or --val_size")
+    if training.eval_replies and is_sharded(training):
+        raise QwenError("--eval_replies needs whole weights in each process: leave ZeRO-3 and FSDP out")
     if training.early_stopping_patience is not None:
         if training.early_stopping_patience < 1:
             raise QwenError(f"--early_stopping_patience {training.early_stopping_patience}: must be 1 or more")

@@ -16,8 +16,11 @@ def check_libraries(training: TrainingArguments) -> None:
     check_schedule(training)
     check_optimizer(training)
     metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric != "loss":
-        raise QwenError(f"--metric_for_best_model {training.metric_for_best_model}: what is measured is the loss alone")
+    if metric != "loss" and not (metric == "exact_match" and training.eval_replies):
+        raise QwenError(
+            f"--metric_for_best_model {training.metric_for_best_model}: what is measured is the loss, and with "
+            "--eval_replies exact_match"
+        )
     if training.use_liger_kernel:
         raise QwenError("--use_liger_kernel: Liger has no kernels for this model, whose loss makes no logits anyway")
     if training.push_to_hub:

@@ -1,6 +1,7 @@
 """transformers' Trainer for this model: loss without logits, exact evaluation, whole checkpoints."""
 
 import shutil
+import sys
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from qwen.settings import saveable
 
 from .checkpoints import mark_complete, record_base, remove_old
 from .data import EvenDataset
+from .replies import write_replies
 from .speed import Work
 
+SHOWN_REPLIES = 3
 REFERENCE = "ref"  # the adapter before it was trained on, which TRL keeps beside it; a copy of what is on the disk
 
 
@@ -122,6 +125,19 @@ class QwenTrainer(CheckpointedTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         return super().compute_loss(model, {**inputs, "skip_logits": self.skip_logits}, return_outputs, **kwargs)
 
+    def answer(self) -> float:
+        """Answers the first evaluation samples, shared among the processes, and shows some; the share of exact ones."""
+        process, model = self.args.process_index, self.accelerator.unwrap_model(self.model)
+        replies = write_replies(model, self.processing_class, self.eval_dataset, self.args.eval_replies,
+                                (process, self.args.world_size))  # fmt: skip
+        for reply in replies[:SHOWN_REPLIES] if self.is_world_process_zero() else []:
+            question = reply.prompt.removesuffix("assistant\n").strip().rpartition("user\n")[2]
+            print(f"\n{question[-200:]}\n  → {reply.text}" + ("" if reply.exact else f"\n  ≠ {reply.expected}"),
+                  file=sys.stderr)  # fmt: skip
+        counts = [float(sum(reply.exact for reply in replies)), float(len(replies))]
+        exact, total = self.accelerator.reduce(torch.tensor(counts, device=self.args.device)).tolist()
+        return exact / max(total, 1)
+
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.args.world_size > 1:
@@ -146,4 +162,6 @@ class QwenTrainer(CheckpointedTrainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, items = self.accelerator.reduce(self.evaluated).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(items, 1)
+        if self.args.eval_replies:
+            output.metrics[f"{metric_key_prefix}_exact_match"] = self.answer()
         return output
