@@ -51,7 +51,7 @@ class Page:
 
     def reload(self) -> "Page":
         self.driver.get(self.url)
-        self.wait(lambda: self.script("Boolean(window.chat)"))
+        self.wait(lambda: self.script("Boolean(window.chat?.tools)"))
         return self
 
     def wait(self, condition: Callable[[], Any]) -> Any:

@@ -26,6 +26,7 @@ export class Chat {
   #timer = null;
 
   begin() {
+    window.chat = this; // for gradio's events
     store.load();
     this.settings = new SettingsPanel(this);
     this.sidebar = new Sidebar(this);
