@@ -12,19 +12,17 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starlette.middleware import Middleware
 from transformers.utils import logging
 
 from api.launch import cache_tokens, check_model_arguments, listen
-from cli.texts import LANGUAGES, Texts, default_language
 from qwen import QwenError
 from qwen.engine import Engine, Limits
 from utils import add_model_arguments, describe_placement, load_from_args, run_script
 
 if TYPE_CHECKING:
-    import gradio as gr
+    from web.page import ChatPage
 
-TEXTS = Path(__file__).parent / "web" / "texts.json"
+LANGUAGES = sorted(path.stem for path in (Path(__file__).parent / "web" / "texts").glob("*.json"))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,9 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max-users", type=int, default=8, metavar="N",
                        help="replies at once; others wait and see their place (default: %(default)s)")  # fmt: skip
     group.add_argument("--auth", metavar="USER:PASSWORD", help="asked of whoever opens the page")
-    group.add_argument(
-        "--lang", choices=LANGUAGES, default=default_language(), help="interface language (default: locale)"
-    )
+    group.add_argument("--lang", choices=LANGUAGES, help="interface language (default: the browser's)")
     group.add_argument("--kv-cache-gib", type=float, metavar="GIB",
                        help="memory for the chats (default: half of what is free, of a GPU 85%%)")  # fmt: skip
     return parser.parse_args(argv)
@@ -79,18 +75,15 @@ def main(argv: list[str] | None = None) -> int:
         f"context {engine.context:,} tokens",
         file=sys.stderr,
     )
-    page = ChatPage(Replier(engine), Texts(args.lang, TEXTS), Path(args.checkpoint_path).name)
-    serve(page.build(), args, port)
+    serve(ChatPage(Replier(engine), Path(args.checkpoint_path).name, args.lang), args, port)
     engine.close()
     engine.join()
     return 0
 
 
-def serve(page: "gr.Blocks", args: argparse.Namespace, port: int) -> None:
+def serve(chat: "ChatPage", args: argparse.Namespace, port: int) -> None:
     """Serve the page until Ctrl-C or a signal to end."""
-    from web.page import load_look
-    from web.security import ContentPolicy
-
+    page = chat.build()
     try:
         page.launch(
             share=args.share,
@@ -103,8 +96,8 @@ def serve(page: "gr.Blocks", args: argparse.Namespace, port: int) -> None:
             ssr_mode=False,
             pwa=False,
             footer_links=[],
-            app_kwargs={"middleware": [Middleware(ContentPolicy)], "docs_url": None, "redoc_url": None},
-            **load_look(),
+            max_file_size="4mb",
+            **chat.look(),
         )
     except OSError as error:
         raise QwenError(f"can't serve on {args.server_name}:{port} ({error}): choose another --server-port") from error

@@ -75,7 +75,7 @@ def record_page(driver: webdriver.Chrome, url: str, output: Path) -> None:
     frames[-1].save(output / "web_demo.png", optimize=True)
     save_animation(frames, output / "web_demo.gif", 800)
     set_size(driver, 360, 740)
-    page.click("#dark")
+    page.script("document.body.classList.add('dark')")
     time.sleep(1)
     look(driver).save(output / "web_demo_phone.png", optimize=True)
 

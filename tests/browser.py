@@ -46,12 +46,12 @@ class Page:
     def open(self) -> "Page":
         """A first visit: nothing is kept from an earlier one."""
         self.driver.get(self.url)
-        self.driver.execute_script("localStorage.clear()")
+        self.driver.execute_script("localStorage.clear(); sessionStorage.clear()")
         return self.reload()
 
     def reload(self) -> "Page":
         self.driver.get(self.url)
-        self.wait(lambda: self.find("#message textarea") and self.find("#message .submit-button"))
+        self.wait(lambda: self.script("Boolean(window.chat?.tools)"))
         return self
 
     def wait(self, condition: Callable[[], Any]) -> Any:
@@ -69,16 +69,17 @@ class Page:
 
     @property
     def questions(self) -> list[str]:
-        return self.texts("#chat .user .message-content")
+        return self.texts("#chat .user-row .message-content")
 
     @property
     def answer(self) -> str:
-        """The last reply with its note."""
-        return (self.texts("#chat .bot.message") or [""])[-1]
+        """The last reply."""
+        return (self.texts("#chat .bot-row .message-content") or [""])[-1].replace("\u200b", "")
 
     @property
     def notes(self) -> list[str]:
-        return self.texts("#chat .note, #chat .error")
+        """What stands under the replies."""
+        return self.texts("#chat .bot-row .note")
 
     @property
     def box(self) -> str:
@@ -86,7 +87,14 @@ class Page:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self.find("#message .stop-button"))
+        return self.script("window.chat.isBusy")
+
+    def act(self, label: str, row: int = -1) -> None:
+        """Press a button under a message, known by what it is called."""
+        button = f".tools [aria-label={json.dumps(label)}]"
+        press = "[...document.querySelectorAll('#chat .message-row')].at(arguments[0]).querySelector(arguments[1])"
+        self.wait(lambda: self.script(press, row, button))
+        self.script(f"{press}.click()", row, button)
 
     def click(self, selector: str) -> None:
         self.script("document.querySelector(arguments[0]).click()", selector)
@@ -104,11 +112,11 @@ class Page:
         self.find("#message textarea")[0].send_keys(Keys.ENTER)
 
     def ask(self, text: str) -> str:
-        """The finished reply to a message, with its note."""
-        count = len(self.notes)
+        """The finished reply to a message."""
+        count = len(self.script("window.chat.tools.items"))
         self.send(text)
-        # The box empties when the page takes the message, and shows from then on whether it is busy.
-        self.wait(lambda: len(self.notes) > count and not self.box and not self.is_busy)
+        self.wait(lambda: len(self.script("window.chat.tools.items")) > count and not self.is_busy)
+        self.wait(lambda: len(self.notes) == len(self.texts("#chat .bot-row")) and self.answer or self.notes[-1:])
         return self.answer
 
     def requests(self) -> set[str]:

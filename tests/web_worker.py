@@ -14,13 +14,15 @@ from utils import run_script
 
 
 class ScriptedReplier(web.replies.Replier):
-    def _request(self, prompt: Sequence[int], settings: web.replies.Settings) -> Request:
-        request = super()._request(prompt, settings)
+    def _request(
+        self, prompt: Sequence[int], question: web.replies.Question, settings: web.replies.Settings
+    ) -> Request:
+        request = super()._request(prompt, question, settings)
         tokenizer = self.engine.tokenizer
-        asked = tokenizer.decode(list(prompt)).rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
-        if not asked.startswith(SAY):
+        if not question.query.startswith(SAY):
             return request
-        return replace(request, constraint=Script(tokenizer, asked[len(SAY) :]))
+        rest = question.query[len(SAY) :].removeprefix(question.prefix)  # where a reply is gone on with
+        return replace(request, constraint=Script(tokenizer, rest))
 
 
 if __name__ == "__main__":

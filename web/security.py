@@ -1,4 +1,4 @@
-"""What the page's browser may do: nothing but talk to this server."""
+"""What the page's browser may do, nothing but talk to this server; and the scripts that its document begins with."""
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,3 +28,34 @@ class ContentPolicy:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+
+class PageHead:
+    """Puts `head` and `tail` into gradio's document, before the ends of its head and body.
+
+    What `launch(head=)` takes is added after gradio has started: too late for colours and language, which would change
+    before the reader's eyes.
+    """
+
+    def __init__(self, app: ASGIApp, head: str, tail: str) -> None:
+        self.app, self.head, self.tail = app, head.encode(), tail.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/" or scope["method"] != "GET":
+            await self.app(scope, receive, send)
+            return
+        start: Message = {}
+
+        async def send_with_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+                return
+            body = message.get("body", b"")
+            body = body.replace(b"</head>", self.head + b"</head>", 1)
+            before, end, after = body.rpartition(b"</body>")
+            message["body"] = before + self.tail + end + after if end else body
+            MutableHeaders(scope=start)["Content-Length"] = str(len(message["body"]))
+            await send(start)
+            await send(message)
+
+        await self.app(scope, receive, send_with_head)
