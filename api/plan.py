@@ -157,9 +157,7 @@ def read_tools(body: ChatRequest) -> Toolbox:
         raise ApiError(400, f"{param}: the name {twice.pop()!r} is there twice", param, "invalid_value")
     choice = body.tool_choice or body.function_call or "auto"
     strict = frozenset(
-        tool.name
-        for tool, spec in zip(tools, specs, strict=True)
-        if (spec.function and spec.function.strict) or (spec.custom and spec.custom.format)
+        tool.name for tool, spec in zip(tools, specs, strict=True) if spec.function and spec.function.strict
     )
     custom = {spec.custom.name: spec.custom for spec in specs if spec.custom is not None and spec.type == "custom"}
     asked = "tool_choice" if body.tool_choice else "function_call"
@@ -181,6 +179,10 @@ def check_names(wanted: Sequence[str], names: Sequence[str], param: str) -> None
 
 def read_spec(spec: ToolSpec) -> Tool:
     if spec.custom is not None and spec.type == "custom":
+        if spec.custom.format is not None and spec.custom.format.type == "grammar":
+            raise QwenError(
+                f"the custom tool {spec.custom.name} has a grammar, which is not held here: leave format out"
+            )
         schema = {"type": "object", "properties": {CUSTOM_INPUT: {"type": "string"}}, "required": [CUSTOM_INPUT],
                   "additionalProperties": False}  # fmt: skip
         return read_tool({"name": spec.custom.name, "description": spec.custom.description, "parameters": schema})

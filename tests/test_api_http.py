@@ -79,6 +79,9 @@ def test_ids_of_requests(http: httpx.Client, caplog: pytest.LogCaptureFixture) -
     caplog.set_level(logging.INFO, logger="qwen.access")
     response = http.post("/v1/chat/completions", json={**CHAT, "foo": 1}, headers={"x-request-id": "mine-1"})
     assert response.headers["x-request-id"] == response.json()["request_id"] == "mine-1"
+    deadline = time.monotonic() + 5
+    while "mine-1" not in caplog.text and time.monotonic() < deadline:  # the line comes after the answer
+        time.sleep(0.01)
     assert "/v1/chat/completions 400" in caplog.text and "mine-1" in caplog.text and KEY not in caplog.text
     made = http.get("/v1/models", headers={"x-request-id": "bad id " + "x" * 200}).headers["x-request-id"]
     assert made.startswith("req_")
@@ -92,6 +95,9 @@ def test_a_log_of_json_lines(
     caplog.set_level(logging.INFO, logger="qwen.access")
     monkeypatch.setattr(server, "settings", Settings(log_json=True))
     http.get("/v1/models/no%0Asuch")
+    deadline = time.monotonic() + 5
+    while not caplog.records and time.monotonic() < deadline:
+        time.sleep(0.01)
     line = json.loads(caplog.records[-1].getMessage())
     assert (
         line["status"] == 404 and line["path"].endswith("/v1/models/no\nsuch") and line["request_id"].startswith("req_")

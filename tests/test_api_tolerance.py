@@ -1,13 +1,16 @@
 """What clients send beyond OpenAI's documents: what passes, what acts, what is refused and in which words."""
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 import live_server
+from api.protocol import ChatRequest, CompletionRequest
 from api.server import Server, Settings
 from api.tolerance import NEUTRAL, WITHOUT_EFFECT
 from qwen import QWenTokenizer
@@ -44,6 +47,18 @@ def complete(http: httpx.Client, prompt: Any, **body: Any) -> dict:
 def refusal(response: httpx.Response) -> tuple[str, str]:
     assert response.status_code == 400, response.text
     return response.json()["error"]["param"], response.json()["error"]["message"]
+
+
+def test_the_manual_names_every_parameter_and_path(http: httpx.Client) -> None:
+    manual = (Path(__file__).parent.parent / "SERVER.md").read_text(encoding="utf-8")
+    table = manual[manual.index("### Chat") : manual.index("### JSON schemas")]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)
+    paths = re.sub(r"\{\w+\}", "{}", manual[manual.index("## Paths") : manual.index("## Parameters")])
+    described = [re.sub(r"\{\w+\}", "{}", path) for path in http.get("/openapi.json").json()["paths"]]
+    tails = ("/v1/responses/{}/input_items", "/v1/responses/{}/cancel")
+    assert [path for path in described if path not in tails and f"{path}`" not in paths] == []
 
 
 # ---- what passes ----
@@ -110,6 +125,7 @@ def test_parts_that_are_no_text_are_refused_in_words(http: httpx.Client, type_: 
         ({"tools": [{"type": "function", "function": {"name": "x", "parameters": [{"schema": {}}]}}],
           "tool_choice": "required"}, "tools", "needs a name"),
         ({"temprature": 0.5}, "temprature", "unrecognized"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x", "format": {"type": "grammar"}}}]}, "tools", "not held"),
     ],
 )  # fmt: skip
 def test_refusals_have_the_value_and_the_limit(http: httpx.Client, body: dict, param: str, words: str) -> None:
