@@ -102,12 +102,6 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
             ))  # fmt: skip
         return self._engine
 
-    def train(self, mode: bool = True) -> Any:
-        """As of any module. What was kept of replies goes: it is of weights that are about to change."""
-        if mode:
-            self._engine = None
-        return super().train(mode)
-
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse `generate(custom_generate="a directory or repository")`; a function of the caller's is taken."""
         raise QwenError("custom_generate names a directory or repository, whose code is never run: pass a function")

@@ -230,10 +230,10 @@ class QWenPreTrainedModel(PreTrainedModel):
         translate_keywords(kwargs, pretrained_model_name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
         accept_other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        if stored and not kwargs.get("key_mapping"):
-            config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
-            cls._check_shapes(pretrained_model_name_or_path, stored, config, accept_other_sizes)
         try:
+            if stored and not kwargs.get("key_mapping"):
+                config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
+                cls._check_shapes(pretrained_model_name_or_path, stored, config, accept_other_sizes)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
@@ -471,6 +471,12 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # transformers would derive it from a class name in its own style
         self.post_init()
+
+    def train(self, mode: bool = True) -> "QWenLMHeadModel":
+        """As of any module; keys and values kept of replies go, being those of weights that are about to change."""
+        if mode:
+            self._engine = None
+        return super().train(mode)
 
     @can_return_tuple
     def forward(
