@@ -5,13 +5,8 @@ import socket
 import ssl
 from pathlib import Path
 
-import psutil
-import torch
-
 from qwen import QwenError, QWenLMHeadModel
-
-CACHE_SHARE = 0.5  # of the free memory of a CPU
-GPU_CACHE_SHARE = 0.85  # of a GPU's: prompts in chunks need little besides
+from qwen.pages import kv_room
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
@@ -26,11 +21,9 @@ def cache_tokens(model: QWenLMHeadModel, gib: float | None = None) -> int:
     token_bytes = 2 * config.num_hidden_layers * config.num_attention_heads * config.kv_channels * model.dtype.itemsize
     if gib is not None:
         budget = gib * 2**30
-    elif model.device.type == "cuda":
-        budget = torch.cuda.mem_get_info()[0] * GPU_CACHE_SHARE
     else:
-        budget = psutil.virtual_memory().available * CACHE_SHARE
-    tokens = int(budget / (token_bytes * 17 / 16))  # caches have up to a sixteenth of room
+        budget = kv_room(model) * token_bytes
+    tokens = int(budget / token_bytes)
     if tokens < 256:
         raise QwenError(
             f"the memory for keys and values, {budget / 2**20:.0f} MiB, holds only {tokens} tokens: "
