@@ -19,7 +19,7 @@ from cli.texts import Texts
 from live_server import run_server
 from qwen.engine import Engine, Limits
 from utils import load_model_and_tokenizer
-from web.replies import Replier
+from web.replies import Question, Replier
 
 QUESTION = "What is the capital of France?"
 SEEDS = range(10)
@@ -59,8 +59,7 @@ def test_on_the_page_and_through_the_api(demo: tuple[Any, Any]) -> None:
 
     async def on_the_page(seed: int) -> str:
         settings = replace(replier.defaults, seed=seed, max_new_tokens=32)
-        *_, last = [step async for step in replier.reply(str(seed), QUESTION, [], settings)]
-        return last.text
+        return "".join([progress.text async for progress in replier.reply(Question(QUESTION), settings)])
 
     async def on_all_pages() -> list[str]:
         return await asyncio.gather(*map(on_the_page, SEEDS))

@@ -258,6 +258,7 @@ def test_files_are_read_as_text_or_refused(page: Page, tmp_path: Path) -> None:
     assert "天气很好" in page.script("Object.values(window.chat.conversation.nodes)[0].files[0].text")
 
 
+@pytest.mark.slow
 def test_two_browsers_at_once(page: Page, other_driver: "webdriver.Chrome", url: str) -> None:
     other = Page(other_driver, url).open()
     page.send(LONG)
@@ -304,6 +305,7 @@ def test_keys_and_settings(page: Page) -> None:
     assert page.script("window.chat.conversation.system") == "Speak like a pirate."
 
 
+@pytest.mark.slow
 def test_a_restart_of_the_server_in_the_middle_of_a_reply(
     driver: "webdriver.Chrome", demo_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -130,7 +130,7 @@ class ChatRoutes:
             yield json.dumps({"error": {"message": f"the reply failed: {first_line(error)}"}}) + "\n"
 
     async def read_file(self, request: Request) -> Response:
-        """The text of a file that gradio took in, which is deleted: it lives in the browser from now on."""
+        """The text of a file that gradio took in, which is deleted then: it lives in the browser from now on."""
         await check_user(request)
         try:
             path = uploaded_path(json.loads(await read_body(request)))
@@ -140,11 +140,11 @@ class ChatRoutes:
             data = path.read_bytes()
         except OSError:
             raise HTTPException(404, "no such upload") from None
-        path.unlink(missing_ok=True)
         try:
             text = read_text(data, self.replier.engine.context)
         except PageError as error:
             return JSONResponse({"error": describe(error)}, status_code=400)
+        path.unlink(missing_ok=True)
         return JSONResponse({"text": text, "tokens": self.replier.count(text), "bytes": len(data)})
 
 
