@@ -152,11 +152,11 @@ def command(part: str, args: argparse.Namespace) -> list[str]:
     write_json(checkpoint / "generation_config.json", {"chat_format": "chatml"})  # the server refuses raw models' chats
     if part == "serving":
         clients, requests = map(str, args.rows), "2" if args.tiny else "64"
-        return [python, str(ROOT / "benchmarks" / "bench_serve.py"), "-c", str(checkpoint), "--no-sequential", "--requests",
-                requests, "--output", str(output), "--clients", *clients]  # fmt: skip
+        flags = ["--no-sequential", "--requests", requests, "--output", str(output), "--clients", *clients]
+        return [python, str(ROOT / "benchmarks" / "bench_serve.py"), "-c", str(checkpoint), *flags]
     steps = "1" if args.tiny else "8"
-    return [python, str(ROOT / "benchmarks" / "bench_finetune.py"), "-c", str(checkpoint), "--ways", "ours", "--runs", "1",
-            "--dtype", "bf16", "--steps", steps]  # fmt: skip
+    flags = ["--ways", "ours", "--runs", "1", "--dtype", "bf16", "--steps", steps]
+    return [python, str(ROOT / "benchmarks" / "bench_finetune.py"), "-c", str(checkpoint), *flags]
 
 
 def run_part(part: str, args: argparse.Namespace, deadline: float) -> str:
