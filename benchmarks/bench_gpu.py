@@ -10,6 +10,7 @@ folder holds it all: table.md, results.json, and a log for each part.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from utils import run_script  # noqa: E402
 PARTS = ("tests", "bf16", "int4", "serving", "lora")
 TINY = {"hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 512}  # kv_channels is 128
 LIMITS = {"tests": 150, "bf16": 120, "int4": 120, "serving": 200, "lora": 120}  # seconds
+TABLE_LINE = re.compile(r"\|[- |]{5,}$|\| \w[^%]*\|$")  # behind what is left of a progress bar
 TITLES = ["weights", "rows", "", "decode tok/s", "ms a step", "of memory's limit", "prefill tok/s", "of arithmetic's",
           "peak GiB"]  # fmt: skip
 
@@ -196,7 +198,8 @@ def render(folder: Path, endings: dict[str, str]) -> str:
     for part in ("serving", "lora", "tests"):
         if (log := folder / f"{part}.log").is_file():
             lines = log.read_text(encoding="utf-8").splitlines()
-            text += [f"{part}:", "", *([line for line in lines if line.startswith("|")] or lines[-1:]), ""]
+            table = [found[0] for line in lines if (found := TABLE_LINE.search(line))]
+            text += [f"{part}:", "", *(table or lines[-1:]), ""]
     return "\n".join(text)
 
 
