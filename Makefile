@@ -1,5 +1,6 @@
 # make demo   set up .venv, then chat with the small built-in model
 # make test   set up .venv, then lint and all CPU tests
+# make gpu    set up .venv, then ten minutes of tests and measurements on an NVIDIA GPU, into gpu-results/
 # On a machine without an NVIDIA GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ CHROMIUM = test "$$(id -u)" = 0 && timeout 60 apt-get update && DEBIAN_FRONTEND=
 # Without bytecode every test that starts a process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test clean
+.PHONY: demo test gpu clean
 
 demo: .venv/installed
 	@.venv/bin/python cli_demo.py --checkpoint-path demo
@@ -24,6 +25,9 @@ test: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+
+gpu: .venv/installed-dev
+	.venv/bin/python benchmarks/bench_gpu.py --output gpu-results
 
 # torch goes first: left to others, pip might choose another version of it than the one pinned.
 .venv/installed: requirements.txt constraints.txt

@@ -169,7 +169,8 @@ class PretendedGpu:
         written = [tensor for tensor, changes in _arguments(func, args, kwargs) if changes]
         result = self._do(OPERATIONS.get(func.name(), func), args, kwargs, written)
         if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
-            return written[0] if len(func._schema.returns) == 1 else tuple(written)  # in place, or out=
+            grown = [x if x.shape == x.held.shape else GpuTensor(x.held, x.device) for x in written]  # from empty
+            return grown[0] if len(func._schema.returns) == 1 else tuple(grown)  # in place, or out=
         inference = torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors)
         with torch.inference_mode(inference or (torch.is_inference_mode_enabled() and not func.is_view)):
             return tree_map(lambda x: x if home is None or not isinstance(x, Tensor) else GpuTensor(x, home), result)
@@ -326,7 +327,8 @@ class Graph:
     def capture_end(self) -> None:
         gpu.recording = None
         for tensor, value in reversed(self.before):
-            tensor.copy_(value)
+            if tensor.shape == value.shape:
+                tensor.copy_(value)
         for _, args, kwargs, result in self.operations:
             for tensor in _own(result, args, kwargs):
                 if tensor.is_floating_point():
