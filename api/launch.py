@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 from qwen import QwenError, QWenLMHeadModel
-from qwen.pages import kv_room
+from qwen.pages import kv_room, layer_bytes
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
@@ -17,14 +17,10 @@ def check_model_arguments(args: argparse.Namespace) -> None:
 
 def cache_tokens(model: QWenLMHeadModel, gib: float | None = None) -> int:
     """How many tokens' keys and values fit into the memory for them."""
-    config = model.config
-    token_bytes = 2 * config.num_hidden_layers * config.num_attention_heads * config.kv_channels * model.dtype.itemsize
-    if gib is not None:
-        budget = gib * 2**30
-    else:
-        budget = kv_room(model) * token_bytes
-    tokens = int(budget / token_bytes)
+    token_bytes = layer_bytes(model) * model.config.num_hidden_layers
+    tokens = kv_room(model) if gib is None else int(gib * 2**30 / token_bytes)
     if tokens < 256:
+        budget = tokens * token_bytes if gib is None else gib * 2**30
         raise QwenError(
             f"the memory for keys and values, {budget / 2**20:.0f} MiB, holds only {tokens} tokens: "
             "free some, or set --kv-cache-gib higher"

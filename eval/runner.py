@@ -164,16 +164,26 @@ def ask_remote(
     hashes, known = [prompt_hash(prompt.ids) for prompt in prompts], folder.answers()
     missing = [i for i, sample in enumerate(samples) if known.get(sample.id, {}).get("prompt") != hashes[i]]
     with tqdm(total=len(missing), desc=task.title, unit="sample", disable=not missing) as bar:
-
-        def keep(number: int, answer: Record) -> None:
-            sample = samples[missing[number]]
-            line = {"id": sample.id, "prompt": hashes[missing[number]], "question": text_hash(task.question(sample))}
-            known[sample.id] = line | answer
-            folder.append([known[sample.id]])
-            bar.update()
-
-        remote.answer([prompts[i].ids for i in missing], keep)
+        known |= ask(remote, task, [(samples[i], prompts[i], hashes[i]) for i in missing], folder, bar)
     return [known[sample.id] for sample in samples]
+
+
+def ask(
+    answerer: Engine | Remote, task: Task, asked: Sequence[tuple[Sample, Prompt, str]], folder: RunFolder, bar: tqdm
+) -> dict[str, Record]:
+    """The records of samples, each with its prompt and that one's hash; every one is on the disk as soon as it is
+    there."""
+    records: dict[str, Record] = {}
+
+    def keep(number: int, answer: Record) -> None:
+        sample, _, hashed = asked[number]
+        line = {"id": sample.id, "prompt": hashed, "question": text_hash(task.question(sample))}
+        records[sample.id] = line | answer
+        folder.append([records[sample.id]])
+        bar.update()
+
+    answerer.answer([prompt.ids for _, prompt, _ in asked], keep)
+    return records
 
 
 def load_samples(task: Task) -> list[Sample]:
@@ -243,15 +253,7 @@ def answer_all(
     total = sum(map(len, share))
     with tqdm(total=total, desc=task.title, unit="sample", disable=not state.is_main_process or not total) as bar:
         for batch in share:
-
-            def keep(number: int, answer: Record, batch: tuple[int, ...] = batch) -> None:
-                sample = samples[batch[number]]
-                line = {"id": sample.id, "prompt": hashes[batch[number]], "question": text_hash(task.question(sample))}
-                new[sample.id] = line | answer
-                folder.append([new[sample.id]])
-                bar.update()
-
-            engine.answer([prompts[i].ids for i in batch], keep)
+            new |= ask(engine, task, [(samples[i], prompts[i], hashes[i]) for i in batch], folder, bar)
     for part in gather_object([new]):
         known.update(part)
     return [known[sample.id] for sample in samples]

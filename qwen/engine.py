@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -129,8 +130,9 @@ class Observer:
 class Job:
     """A request on its way through the engine."""
 
-    def __init__(self, request: Request, deliver: Callable[[Update], None], timeout: float) -> None:
+    def __init__(self, request: Request, alpha: float, deliver: Callable[[Update], None], timeout: float) -> None:
         self.request = request
+        self.alpha = alpha  # its factor of dynamic NTK
         self.deliver = deliver
         self.cancelled = False  # set by any thread; noticed before the next step
         self.submitted = time.monotonic()
@@ -139,7 +141,6 @@ class Job:
         self.cached_tokens = 0
         self.prompt_choices: list[Choice] = []
         self.sequence: PagedSequence | None = None  # from its first chunk on
-        self.alpha = 1.0  # its factor of dynamic NTK
         self.slot: int | None = None  # in the sampler
         self.decoder: Decoder | None = None
 
@@ -206,7 +207,12 @@ class Engine:
             if len(wanted) + len(requests) > self.limits.max_queue + self.limits.max_batch:
                 raise QueueFull
             jobs = [
-                Job(request, lambda update, number=number: deliver(number, update), self.limits.timeout)
+                Job(
+                    request,
+                    self._alpha(request),
+                    lambda update, number=number: deliver(number, update),
+                    self.limits.timeout,
+                )
                 for number, request in enumerate(requests)
             ]
             self.waiting.extend(jobs)
@@ -327,8 +333,7 @@ class Engine:
         parts = self._plan()
         if parts:
             self._guard(parts)
-        pages = self.pool
-        self.observer.counted(len(self.running), len(self.waiting), pages.tokens_kept)
+        self.observer.counted(len(self.running), len(self.waiting), self.pool.tokens_kept)
 
     def _drop(self) -> None:
         now = time.monotonic()
@@ -375,12 +380,12 @@ class Engine:
 
     def _will_know_more(self, job: Job, other: Job) -> bool:
         """Whether a job had better wait for what another is reading: its prompt begins alike."""
-        if job.request.prompt_logprobs is not None or self._kind(job.request) != other.sequence.kind:
+        if job.request.prompt_logprobs is not None or job.alpha != other.alpha:
             return False
         common = common_length(list(job.request.prompt[:-1]), list(other.request.prompt))
         return common - other.sequence.length >= WORTHWHILE
 
-    def _kind(self, request: Request) -> float:
+    def _alpha(self, request: Request) -> float:
         """What keys depend on besides tokens: the factor of dynamic NTK, which the whole prompt's length decides."""
         config = self.model.config
         if not config.use_dynamic_ntk:
@@ -390,7 +395,6 @@ class Engine:
     def _begin(self, job: Job) -> None:
         """Before a job's first chunk. Not earlier: the prompt it shares with another may have been read meanwhile."""
         request = job.request
-        job.alpha = self._kind(request)
         job.sequence = self.pool.begin(request.prompt, job.alpha, share=request.prompt_logprobs is None)
         job.cached_tokens = job.sequence.length
         job.decoder = request.decoder or ReplyDecoder(
@@ -428,15 +432,20 @@ class Engine:
         ids = [
             token for s, count in zip(sequences, counts, strict=True) for token in s.ids[s.length : s.length + count]
         ]
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        kept = [i for size, end in zip(wanted, ends, strict=True) for i in range(end - size, end)]
-        device = self.model.device
         if self.graphs is not None and all(count == 1 for count in counts) and all(wanted):
             logits = self.graphs.logits(ids, step, alphas)
-            for part in parts:
-                self.pool.written(part.job.sequence, 1)
-            return logits
-        logits = self.model(
+        else:
+            logits = self._forward(step, ids, alphas, wanted)
+        for sequence, count in zip(sequences, counts, strict=True):
+            self.pool.written(sequence, count)
+        return logits
+
+    def _forward(self, step: PagedStep, ids: Sequence[int], alphas: Sequence[float], wanted: Sequence[int]) -> Tensor:
+        """A step that is not recorded."""
+        ends = accumulate(step.counts)
+        kept = [i for size, end in zip(wanted, ends, strict=True) for i in range(end - size, end)]
+        device = self.model.device
+        return self.model(
             torch.tensor([ids], device=device),
             position_ids=step.positions()[None].to(device),
             past_key_values=step,
@@ -444,9 +453,6 @@ class Engine:
             use_cache=True,
             logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
         ).logits[0]
-        for part in parts:
-            self.pool.written(part.job.sequence, part.count)
-        return logits
 
     def _read_out(self, parts: Sequence[Part], logits: Sequence[Tensor]) -> None:
         """What a step's logits, (wanted, V) of each part, say to each job whose prompt is read now."""

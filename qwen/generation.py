@@ -194,11 +194,11 @@ class QWenGenerationMixin(ChatMixin, GenerationMixin):
             and not config.is_assistant
             and config.prefill_chunk_size is None
             and getattr(cache, "is_fresh", False)
-            and config.max_length <= self.engine.context
             and all(type(criterion) in ENGINE_CRITERIA for criterion in criteria)
             and {name for name, value in model_kwargs.items() if value is not None} <= ENGINE_ARGUMENTS
             and (mask is None or _is_padded_left(mask))
             and _are_counted(model_kwargs.get("position_ids"), mask)
+            and config.max_length <= self.engine.context  # last: asking makes the engine
         )
 
     def _by_engine(

@@ -283,12 +283,15 @@ def pool_for(model: Any, limit: int) -> PagePool:
     return PagePool(layer_devices(model), model.dtype, config.num_attention_heads, config.kv_channels, limit)
 
 
+def layer_bytes(model: Any) -> int:
+    """Bytes of a token's keys and values in one layer."""
+    return 2 * model.config.num_attention_heads * model.config.kv_channels * model.dtype.itemsize
+
+
 def kv_room(model: Any) -> int:
     """How many tokens' keys and values fit into the memory that is free on the devices of the model's layers."""
-    config = model.config
-    bytes_of_layer = 2 * config.num_attention_heads * config.kv_channels * model.dtype.itemsize
     layers = Counter(layer_devices(model))
-    return min(free_bytes(device) // (count * bytes_of_layer) for device, count in layers.items())
+    return min(free_bytes(device) // (count * layer_bytes(model)) for device, count in layers.items())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -70,6 +70,18 @@ def int4_checkpoint(directory: Path) -> Path:
     return directory
 
 
+def random_checkpoint(directory: Path, tokenizer: QWenTokenizer, seq_length: int) -> Path:
+    """Random weights in a directory, with the real vocabulary."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 151936, "hidden_size": 32, "num_attention_heads": 2, "seq_length": seq_length}
+    model = QWenLMHeadModel(QWenConfig(**{**MODEL["config"], **sizes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def ids(n: int, k: int = 0) -> torch.Tensor:
     return torch.tensor(np.random.RandomState(9000 + n + 31 * k).randint(0, 1000, (1, n)))
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
 import golden
 from eval import evaluate_gsm8k, evaluate_mmlu
-from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
+from qwen import QwenError, QWenTokenizer
 
 ROOT = Path(__file__).parent.parent
 MMLU = ["-d", str(golden.DATA / "eval" / "mmlu"), "--subjects", "abstract_algebra", "virology", "--limit", "1"]
@@ -26,15 +25,7 @@ LOCAL = ["--device", "cpu", "--dtype", "fp32"]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: QWenTokenizer) -> Path:
     """Random weights: the choices are not among the likeliest tokens."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 151936, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 4096}
-    model = QWenLMHeadModel(QWenConfig(**{**golden.MODEL["config"], **sizes}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return golden.random_checkpoint(tmp_path_factory.mktemp("tiny"), tokenizer, 4096)
 
 
 @contextmanager

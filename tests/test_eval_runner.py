@@ -17,7 +17,7 @@ from eval import evaluate_chat_gsm8k, evaluate_gsm8k, evaluate_hf_agent, evaluat
 from eval.engine import Engine, plan_batches
 from eval.run_folder import RunFolder, fingerprint
 from eval.task import Prompt
-from qwen import QWenConfig, QwenError, QWenLMHeadModel, QWenTokenizer
+from qwen import QwenError, QWenLMHeadModel, QWenTokenizer
 from utils import load_model_and_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -27,15 +27,7 @@ DATA = golden.DATA / "eval"
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: QWenTokenizer) -> Path:
     """A checkpoint of random weights that knows the real vocabulary and is trained, so to say, to 2048 tokens."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 151936, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 2048}
-    model = QWenLMHeadModel(QWenConfig(**{**golden.MODEL["config"], **sizes}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return golden.random_checkpoint(tmp_path_factory.mktemp("tiny"), tokenizer, 2048)
 
 
 @pytest.fixture(scope="module")
